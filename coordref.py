@@ -557,11 +557,15 @@ def _blas():
 @functools.cache
 def _pool(process, workers):
     """Threads that stay for the next call; a forked process has none of them, so it makes its own."""
-    # glibc returns memory to the system, which then hands it out page by page, in pieces larger
-    # than any that was freed before, up to 32 MiB: freeing one such piece, never touched, makes
-    # it keep all below, which halves the time of a training step (measured 2026-11-24)
-    np.empty(2 ** 25 - 2 ** 16, np.uint8)
     return ThreadPoolExecutor(workers)
+
+
+@functools.cache
+def _keep_memory():
+    """Ask glibc to keep freed memory. It gives pieces larger than any freed before back to the
+    system, up to 32 MiB, and gets them back page by page; to have freed one such piece, never
+    touched, makes it keep what is smaller. Halves the time of a training step (2026-11-24)."""
+    np.empty(2 ** 25 - 2 ** 16, np.uint8)
 
 
 _one_team = threading.Lock()
@@ -574,6 +578,7 @@ def _spread(xp, task, items):
     the same on one core. OMP_NUM_THREADS sets another number. A task that comes here in its turn,
     or another thread of the program, finds the team at work and goes on alone.
     """
+    _keep_memory()
     try:
         workers = int(os.environ["OMP_NUM_THREADS"])
     except (KeyError, ValueError):
@@ -620,55 +625,84 @@ def _padded(x, pads, value=0):
     return y
 
 
-def _columns(x, geo, images, rows):
-    """The columns of some images and output rows: (G, C/G * taps, images, pixels).
+def _channels_last(x):
+    """Whether x (N, C, *size) lies in memory as (N, *size, C)."""
+    return x.ndim > 2 and x.shape[1] > 1 and x.strides[1] == x.itemsize < x.strides[-1]
+
+
+def _empty(xp, shape, dtype, last):
+    """An array of shape (N, C, *size), in memory as (N, *size, C) if last is set."""
+    if last:
+        return xp.moveaxis(xp.empty((shape[0], *shape[2:], shape[1]), dtype), -1, 1)
+    return xp.empty(shape, dtype)
+
+
+def _product(xp, a, b, last, out=None):
+    """a @ b, where out has its last two axes swapped in memory if last is set."""
+    if a.shape[-1] == 1:                # an outer product: numpy's matmul would not go to BLAS
+        return xp.multiply(a, b, out=out)
+    if last:
+        out = None if out is None else out.swapaxes(-1, -2)
+        return xp.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out=out).swapaxes(-1, -2)
+    return xp.matmul(a, b, out=out)
+
+
+def _columns(x, geo, images, rows, last):
+    """The columns of some images and output rows: (G, taps of a group, images, pixels).
 
     They are taken from a view, x[c, k, n, o*stride + k*dilation]. The reshape copies it, except
-    where the columns are the image itself (one image, a kernel of 1).
+    where the columns are the image itself (one image, a kernel of 1). Channels come before
+    kernel positions, in memory taps before pixels; with last set it is the other way round.
     """
     top = rows.start * geo.stride[0] - geo.pads[0][0]
     bottom = (rows.stop - 1) * geo.stride[0] - geo.pads[0][0] + _span(geo.kernel, geo.dilation)[0]
     x = _padded(x[images], ((-top, bottom - x.shape[2]), *geo.pads[1:]))
     N, C = x.shape[:2]
-    out = (rows.stop - rows.start, *geo.out[1:])
-    view = array_module(x).lib.stride_tricks.as_strided(
-        x, (C, *geo.kernel, N, *out),
-        (x.strides[1], *(t * d for t, d in zip(x.strides[2:], geo.dilation)),
-         x.strides[0], *(t * s for t, s in zip(x.strides[2:], geo.stride))))
-    G = geo.groups
-    return view.reshape(G, C // G * math.prod(geo.kernel), N, math.prod(out))
+    G, pixels = geo.groups, (rows.stop - rows.start, *geo.out[1:])
+    channels = (G, C // G), (C // G * x.strides[1], x.strides[1])
+    taps = geo.kernel, tuple(t * d for t, d in zip(x.strides[2:], geo.dilation))
+    places = (N, *pixels), (x.strides[0], *(t * s for t, s in zip(x.strides[2:], geo.stride)))
+    order = [channels[i][:1] + places[i] + taps[i] + channels[i][1:] if last else
+             channels[i] + taps[i] + places[i] for i in (0, 1)]
+    view = array_module(x).lib.stride_tricks.as_strided(x, *order)
+    taps, pixels = C // G * math.prod(geo.kernel), math.prod(pixels)
+    if last:
+        return view.reshape(G, N, pixels, taps).transpose(0, 3, 1, 2)
+    return view.reshape(G, taps, N, pixels)
 
 
 def _by_group(y, geo):
-    """(N, F, *out) as (N, G, F/G, pixels): a view where y is contiguous, or whole rows of that."""
+    """(N, F, *out) as (N, G, F/G, pixels): a view where y is whole, or whole rows of that."""
     N, F = y.shape[:2]
     return y.reshape(N, geo.groups, F // geo.groups, math.prod(y.shape[2:]))
 
 
-def _weight_matrix(w, geo):
-    """(F, C/G, *kernel) as (G, F/G, C/G * taps)."""
+def _weight_matrix(w, geo, last):
+    """(F, C/G, *kernel) as (G, F/G, taps), the taps in the order of _columns."""
     F, C = w.shape[:2]
+    if last:
+        w = array_module(w).moveaxis(w, 1, -1)
     return w.reshape(geo.groups, F // geo.groups, C * math.prod(geo.kernel))
 
 
-def _correlate(x, w, geo, base=None):
+def _correlate(x, w, geo, base=None, last=False):
     """y = w @ columns + base, where base (F, *out) or (F, 1, ...) holds bias and coordinates."""
     xp = array_module(x)
     F = w.shape[0]
-    y = xp.empty((x.shape[0], F, *geo.out), x.dtype)
-    w = _weight_matrix(w, geo)
+    y = _empty(xp, (x.shape[0], F, *geo.out), x.dtype, last)
+    w = _weight_matrix(w, geo, last)
     if base is not None:
         base = xp.broadcast_to(base, (F, *geo.out))
 
     def fill(block):
         images, rows = block
         part = y[images, :, rows]
-        columns = _columns(x, geo, images, rows).transpose(2, 0, 1, 3)
-        xp.matmul(w, columns, out=_by_group(part, geo))
+        columns = _columns(x, geo, images, rows, last).transpose(2, 0, 1, 3)
+        _product(xp, w, columns, last, out=_by_group(part, geo))
         if base is not None:
             part += base[:, rows]
-    _spread(xp, fill, [(i, r) for image_slices, row_slices in [_blocks(geo, *x.shape[:2])]
-                       for i in image_slices for r in row_slices])
+    image_slices, row_slices = _blocks(geo, *x.shape[:2])
+    _spread(xp, fill, [(images, rows) for images in image_slices for rows in row_slices])
     return y
 
 
@@ -680,7 +714,7 @@ def _taps(geo):
             for k, d, n, s in zip(tap, geo.dilation, geo.out, geo.stride)))
 
 
-def _correlate_dx(dy, w, geo, size, base=None):
+def _correlate_dx(dy, w, geo, size, base=None, last=False):
     """dx[n, c, o*stride + k*dilation - before] += sum_f w[f, c, k] * dy[n, f, o], plus base."""
     xp = array_module(dy)
     N, F = dy.shape[:2]
@@ -692,9 +726,9 @@ def _correlate_dx(dy, w, geo, size, base=None):
         mirror = mirror.reshape(C, F // G, *geo.kernel)[(..., *(slice(None, None, -1),) * len(size))]
         pads = tuple((k - 1 - p, n + p - m)
                      for n, m, k, (p, _) in zip(size, geo.out, span, geo.pads))
-        return _correlate(dy, mirror, geo._replace(pads=pads, out=tuple(size)), base)
+        return _correlate(dy, mirror, geo._replace(pads=pads, out=tuple(size)), base, last)
     dx = xp.empty((N, C, *size), dy.dtype)
-    w = _weight_matrix(w, geo).swapaxes(1, 2)
+    w = _weight_matrix(w, geo, False).swapaxes(1, 2)
     full = tuple((m - 1) * s + k for m, s, k in zip(geo.out, geo.stride, span))
     crop = tuple((-p, n + p - m) for n, m, (p, _) in zip(size, full, geo.pads))
     image_slices, row_slices = _blocks(geo, N, C)
@@ -719,24 +753,24 @@ def _correlate_dx(dy, w, geo, size, base=None):
 
 def _correlate_dw(dy, x, geo, shape):
     """dw[f, c, k] = sum_{n, o} dy[n, f, o] * x[n, c, o*stride + k*dilation - before]."""
-    xp = array_module(dy)
-    F, G = shape[0], geo.groups
-    taps = math.prod(shape[1:])
+    xp, last = array_module(dy), _channels_last(x)
+    (F, C, *kernel), G = shape, geo.groups
     image_slices, row_slices = _blocks(geo, *x.shape[:2])
     blocks = [(images, rows) for images in image_slices for rows in row_slices]
 
     def add(some):
-        dw = xp.zeros((G, F // G, taps), dy.dtype)
+        dw = xp.zeros((G, F // G, C * math.prod(kernel)), dy.dtype)
         for images, rows in some:
-            columns = _columns(x, geo, images, rows)
+            columns = _columns(x, geo, images, rows, last)
             pixels = columns.shape[2] * columns.shape[3]
             part = _by_group(dy[images, :, rows], geo).transpose(1, 2, 0, 3)
             dw += (part.reshape(G, F // G, pixels)
-                   @ columns.reshape(G, taps, pixels).swapaxes(1, 2))
+                   @ columns.reshape(G, dw.shape[2], pixels).swapaxes(1, 2))
         return dw
     # eight sums, whatever the number of cores, so that the rounding does not depend on it
-    return sum(_spread(xp, add, [blocks[i::8] for i in range(min(8, len(blocks)))]),
-               xp.zeros((G, F // G, taps), dy.dtype)).reshape(shape)
+    dw = sum(_spread(xp, add, [blocks[i::8] for i in range(min(8, len(blocks)))]),
+             xp.zeros((G, F // G, C * math.prod(kernel)), dy.dtype))
+    return xp.moveaxis(dw.reshape(F, *kernel, C), -1, 1) if last else dw.reshape(shape)
 
 
 def _sum_by_filter(dy):
@@ -786,7 +820,8 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1):
     """
     geo = _conv_geometry("conv", x, w, b, stride, padding, dilation, groups)
     x_, w_, b_ = _wide(x, w, b)
-    return _narrow(x.dtype, _correlate(x_, w_, geo, _column(b_, len(geo.out))))[0]
+    return _narrow(x.dtype, _correlate(x_, w_, geo, _column(b_, len(geo.out)),
+                                       _channels_last(x)))[0]
 
 
 def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1, need_dx=True):
@@ -820,7 +855,9 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
     _arrays(fn, dy=dy, x=x)
     _same_shape(fn, "dy", dy, (x.shape[0], w.shape[0], *geo.out), "the output")
     dy, x_, w_ = _wide(dy, x, w)
-    dx = _correlate_dx(dy, w_, geo, x.shape[2:]) if _flag(fn, "need_dx", need_dx) else None
+    dx = None
+    if _flag(fn, "need_dx", need_dx):
+        dx = _correlate_dx(dy, w_, geo, x.shape[2:], last=_channels_last(x))
     dw = _correlate_dw(dy, x_, geo, w.shape)
     return _narrow(x.dtype, dx, dw, None if b is None else _sum_by_filter(dy))
 
@@ -1006,7 +1043,8 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
     dw[:, C:] = _correlate_dw(dy.sum(axis=0, keepdims=True), coords, geo, dw[:, C:].shape)
     if size is None:
         dw[:, :C] = _correlate_dw(dy, x_, geo, dw[:, :C].shape)
-        dx = _correlate_dx(dy, w_[:, :C], geo, x.shape[2:]) if need_dx else None
+        dx = _correlate_dx(dy, w_[:, :C], geo, x.shape[2:],
+                           last=_channels_last(x)) if need_dx else None
     else:
         ones, tile_geo, reach = _tile(coords.shape[2:], w_[:, :C], geo)
         axes = tuple(range(2, x.ndim))
@@ -1025,14 +1063,17 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
 
 def relu(x):
     """max(x, 0), elementwise; NaN stays NaN. x : array of any shape."""
-    return _arrays("relu", x=x).maximum(x, x.dtype.type(0))
+    y = _arrays("relu", x=x).zeros_like(x)
+    return array_module(x).maximum(x, y, out=y)         # twice as fast as against one number
 
 
 def relu_backward(dy, x):
     """dx = dy where x > 0, else 0. dy, x : arrays of one shape."""
-    xp = _arrays("relu_backward", dy=dy, x=x)
+    _arrays("relu_backward", dy=dy, x=x)
     _same_shape("relu_backward", "dy", dy, x.shape, "x")
-    return xp.where(x > 0, dy, dy.dtype.type(0))
+    # dy under a mask of bits, all or none: exact for infinities, where dy * (x > 0) is not, and
+    # ten times as fast as where(x > 0, dy, 0) on random signs (measured 2026-11-24)
+    return (dy.view(f"i{dy.itemsize}") & -(x > 0).view("i1")).view(dy.dtype)
 
 
 def _pool_geometry(fn, x, kernel, stride, padding):
@@ -1954,15 +1995,17 @@ def _keeps_statistics(layer):
 _SHARD = 2              # images that go through a network together while it trains
 
 
-def _shard_gradient(net, data, coords, task, scale, share):
+def _shard_gradient(net, data, coords, task, scale, share, norms):
     """The loss and the flat gradient of some images, times their share of the batch, and the
-    inputs of the layers."""
+    mean and variance of what enters the layers that norms lists."""
     x, target = _example(data, coords, task, scale, net[0].params[0].dtype)
     loss, loss_backward = _LOSSES[task]
     y, inputs = forward(net, x)
     _, grads = backward(net, loss_backward(share, y, target)[0], inputs, need_dx=False)
     flat = [g.ravel() for layer in grads for g in layer if g is not None]
-    return loss(y, target) * share, array_module(y).concatenate(flat), inputs
+    statistics = [(a.mean(axis=(0, *range(2, a.ndim))), a.var(axis=(0, *range(2, a.ndim))))
+                  for a in (inputs[i] for i in norms)]
+    return loss(y, target) * share, array_module(y).concatenate(flat), statistics
 
 
 def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_rate=0.005,
@@ -2039,18 +2082,15 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
             order = xp.asarray(rng.permutation(data.train))
         batch = points[order[at:at + batch_size]]
         size = len(batch) if mixes_images else _SHARD
-        live = _unflatten(_frozen(net, [(None, None)] * len(norms)), flat)
-        parts = _spread(xp, lambda shard: _shard_gradient(  # noqa
-            live, data, shard, task, scale, len(shard) / len(batch)),
-            [batch[i:i + size] for i in range(0, len(batch), size)])
+        live = _unflatten(_frozen(net, [(None, None)] * len(statistics)), flat)
+        parts = _spread(xp, lambda i: _shard_gradient(
+            live, data, batch[i:i + size], task, scale, len(batch[i:i + size]) / len(batch), norms),
+            range(0, len(batch), size))
         loss, dw = sum(p[0] for p in parts), sum(p[1] for p in parts)
         if l2:
             loss, dw = loss + l2 * (weights * flat * flat).sum(), dw + 2 * l2 * weights * flat
-        for j, i in enumerate(norms):
-            x = parts[0][2][i]
-            axes = (0, *range(2, x.ndim))
-            statistics[j] = tuple(0.9 * old + 0.1 * new for old, new in
-                                  zip(statistics[j], (x.mean(axis=axes), x.var(axis=axes))))
+        statistics = [tuple(0.9 * a + 0.1 * b for a, b in zip(*pair))
+                      for pair in zip(statistics, parts[0][2])]
         rates.append(_decayed(decay, rate, step, steps, step // per_epoch))
         flat, m, v = adam_step(flat, dw, m, v, step + 1, learning_rate=rates[-1], beta1=beta1,
                                beta2=beta2, eps=eps)
