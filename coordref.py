@@ -171,7 +171,7 @@ def _kind(value):
 
 
 def _integer(fn, name, value, low):
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{fn}: {name} must be an integer, got {value!r}")
     if value < low:
         raise ValueError(f"{fn}: {name} must be at least {low}, got {value}")
@@ -489,6 +489,9 @@ def _window_geometry(fn, size, kernel, stride, padding, dilation=1, groups=1):
     same = tuple(max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in zip(size, stride, span))
     pads = _pad_pairs(fn, padding, rank, same)
     out = tuple((n + p + q - k) // s + 1 for n, (p, q), k, s in zip(size, pads, span, stride))
+    if math.prod(n + p + q for n, (p, q) in zip(size, pads)) > 2 ** 48:
+        raise ValueError(f"{fn}: padding {pads} makes an image of {tuple(size)} too large for any "
+                         "memory")
     if min(kernel) < 1 or min(out) < 1:
         raise ValueError(f"{fn}: a kernel of {tuple(kernel)} with dilation {dilation} does not fit "
                          f"into an image of {tuple(size)} with padding {pads}")
@@ -579,6 +582,14 @@ def _keep_memory():
     np.empty(2 ** 25 - 2 ** 16, np.uint8)
 
 
+def _cores():
+    """OMP_NUM_THREADS if that is a number, else the cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _one_team = threading.Lock()
 
 
@@ -589,14 +600,11 @@ def _spread(xp, task, items):
     the same on one core. OMP_NUM_THREADS sets another number. A task that comes here in its turn,
     or another thread of the program, finds the team at work and goes on alone.
     """
-    _keep_memory()
-    try:
-        workers = int(os.environ["OMP_NUM_THREADS"])
-    except (KeyError, ValueError):
-        workers = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                   else os.cpu_count() or 1)
-    if (xp is not np or workers < 2 or len(items) < 2 or _blas() is None
-            or not _one_team.acquire(blocking=False)):
+    workers = 1
+    if xp is np and len(items) > 1 and not _one_team.locked():
+        _keep_memory()
+        workers = _cores()
+    if workers < 2 or _blas() is None or not _one_team.acquire(blocking=False):
         return [task(item) for item in items]
     get_threads, set_threads = _blas()
     before = get_threads()
@@ -1335,7 +1343,7 @@ def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
 
     dy : array of x's shape; the rest as in batch_norm. Returns dx, dscale, dshift.
     """
-    fn, dtype = "batch_norm_backward", x.dtype
+    fn = "batch_norm_backward"
     _arrays(fn, dy=dy, x=x)
     _same_shape(fn, "dy", dy, x.shape, "x")
     xhat, rstd, wide, axes = _normalised(fn, x, scale, shift, mean, var, eps)
@@ -1345,7 +1353,7 @@ def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
     if mean is None:
         count = x.size // x.shape[1]
         dx = dy - (dshift.reshape(wide) + xhat * dscale.reshape(wide)) / count
-    return _narrow(dtype, dx * (scale * rstd).reshape(wide), dscale, dshift)
+    return _narrow(x.dtype, dx * (scale * rstd).reshape(wide), dscale, dshift)
 
 
 def _flat(fn, x, name="x"):
@@ -1562,6 +1570,8 @@ def backward(net, dy, inputs, *, need_dx=True):
     TypeError, ValueError
         If net is not such a list, inputs are not one per layer, or as the layers raise.
     """
+    if not isinstance(inputs, (list, tuple)):
+        raise TypeError(f"backward: inputs must be a list, as forward returns, got {_kind(inputs)}")
     if len(_layers("backward", net)) != len(inputs):
         raise ValueError(f"backward: inputs must hold one array for each of {len(net)} layers, "
                          f"got {len(inputs)}")
@@ -1962,7 +1972,9 @@ def adam_step(w, dw, m, v, step, *, learning_rate=0.005, beta1=0.9, beta2=0.99, 
         _same_shape(fn, name, a, w.shape, "w")
     step = _integer(fn, "step", step, 1)
     rate, eps = _real(fn, "learning_rate", learning_rate, 0), _real(fn, "eps", eps, 0)
-    beta1, beta2 = _real(fn, "beta1", beta1, 0, 1), _real(fn, "beta2", beta2, 0, 1)
+    below_1 = math.nextafter(1, 0)
+    beta1 = _real(fn, "beta1", beta1, 0, below_1)
+    beta2 = _real(fn, "beta2", beta2, 0, below_1)
     m = beta1 * m + (1 - beta1) * dw
     v = beta2 * v + (1 - beta2) * dw * dw
     correction = math.sqrt(1 - beta2 ** step)
@@ -2169,6 +2181,12 @@ def _entries(net):
                 yield f"{i}.{op.__name__}.{key}", a
 
 
+def _path(fn, path):
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{fn}: path must be a string or a path, got {path!r}")
+    return os.fspath(path)
+
+
 def save(path, net):
     """Write the arrays of a network to an npz file, whole or not at all.
 
@@ -2188,6 +2206,7 @@ def save(path, net):
         If the file cannot be written; the old one is untouched.
     """
     arrays = {name: to_numpy(a) for name, a in _entries(_layers("save", net))}
+    path = _path("save", path)
     folder = os.path.dirname(os.path.abspath(path))
     handle, part = tempfile.mkstemp(suffix=".part", dir=folder)
     try:
@@ -2223,7 +2242,7 @@ def load(path, net):
     OSError
         If the file cannot be read.
     """
-    expected = dict(_entries(_layers("load", net)))
+    expected, path = dict(_entries(_layers("load", net))), _path("load", path)
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -2449,7 +2468,7 @@ def encode(coords, size, *, dtype=None):
         dtype = np.float32 if coords.dtype.kind in "iu" else coords.dtype
     dtype, N = _float_dtype("encode", dtype), len(coords)
     end = xp.asarray(np.array(size))
-    wrong = ~((coords >= 0) & (coords < end) & (coords % 1 == 0)).all(axis=1)
+    wrong = ~((coords >= 0) & (coords < end) & (coords == xp.floor(coords))).all(axis=1)
     if wrong.any():
         raise ValueError(f"encode: coords must be whole numbers from 0 to below {size}, got "
                          f"{coords[int(wrong.argmax())].tolist()}")
