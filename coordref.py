@@ -1397,8 +1397,9 @@ def _log_softmax(fn, logits, target):
     N, classes = z.shape
     if not N:
         raise ValueError(f"{fn}: logits must hold at least one example, got {logits.shape}")
-    if getattr(getattr(target, "dtype", None), "kind", "f") in "iu":
-        if array_module(logits, target) and target.shape != (N,):
+    if getattr(target, "dtype", np.dtype(float)).kind in "iu":
+        array_module(logits, target)
+        if target.shape != (N,):
             raise ValueError(f"{fn}: target must hold one label for each of {N} examples, got "
                              f"target.shape={target.shape}")
         # an out-of-range label would match no class without a word; on a GPU the check waits
@@ -2418,14 +2419,22 @@ def decode(image):
         raise ValueError("decode: image must be (N, 1, *size) with at least one pixel, got "
                          f"image.shape={image.shape}")
     pixels = image.reshape(N, math.prod(size))
-    hot = pixels.argmax(axis=1)
-    others = (pixels != 0).sum(axis=1)
-    wrong = (others != 1) | (pixels[xp.arange(N), hot] != 1)
-    if wrong.any():
+
+    def read(start):
+        part = pixels[start:start + 64]         # 1 MiB of 64 x 64 pixels: stays in cache
+        hot = part.argmax(axis=1)
+        # each image has its 1, and no more pixels are set than there are images
+        return hot, ((part[xp.arange(len(part)), hot] == 1).all()
+                     & (xp.count_nonzero(part != 0) == len(part)))
+    parts = _spread(xp, read, range(0, N, 64))
+    if not all(bool(fine) for _, fine in parts):
+        counts = (pixels != 0).sum(axis=1)
+        wrong = (counts != 1) | (pixels.max(axis=1) != 1)
         n = int(wrong.argmax())
-        raise ValueError(f"decode: image must be one-hot, one pixel of 1 and else zeros, but "
-                         f"image[{n}] has {int(others[n])} pixels that are not 0, the largest of "
-                         f"them {float(pixels[n, hot[n]])}")
+        raise ValueError("decode: image must be one-hot, one pixel of 1 and else zeros, but "
+                         f"image[{n}] has {int(counts[n])} pixels that are not 0, the largest "
+                         f"pixel being {float(pixels[n].max())}")
+    hot = xp.concatenate([xp.zeros(0, np.int64), *(hot for hot, _ in parts)])
     return xp.stack(xp.unravel_index(hot, tuple(size)), axis=1).astype(image.dtype)
 
 
