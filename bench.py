@@ -4,8 +4,8 @@
     python bench.py             every row, under two minutes on two cores
     python bench.py --quick     shorter trainings and one seed, under 20 seconds
 
-Each row runs one claim of the paper (Liu et al. 2018, arXiv 1807.03247), of its critic (Piekniewski
-2018) or of this project, and says what was measured here and whether the claim holds in it. A row
+Each row runs one claim of the paper (Liu et al. 2018, arXiv 1807.03247), of its critic
+(Piekniewski 2018) or of this project, and says what was measured here and whether the claim holds in it. A row
 marked as a check is a promise of coordref itself: the exit status is 1 where one fails. Nothing is
 downloaded; the data set is drawn by coordref. Progress goes to stderr on a terminal.
 """
@@ -56,7 +56,7 @@ def percent(values):
     return ", ".join(f"{100 * v:.1f}" for v in values) + " %"
 
 
-# THE DISPUTE --------------------------------------------------------------------------------------
+# THE DISPUTE -------------------------------------------------------------------------------------
 
 def listing(image):
     """The critic's listing for one image (H, W), convolutions by scipy: (row, col)."""
@@ -147,8 +147,8 @@ def classification_rows(config):
             rng=config.seeds[0], callback=lambda *_: time.perf_counter() > deadline)
         limit = {"uniform": 0.86, "quadrant": 0.0}[split]
         yield Row(f"a deconvolution network gets at most {100 * limit:.0f} % on the {split} split",
-                  "Liu et al.", f"test {percent([score])} (seed {config.seeds[0]}); {steps} steps, "
-                  f"{spent:.0f} s, {config.patience:g} times CoordConv's; {parameters(net)} "
+                  "Liu et al.", f"test {percent([score])} (seed {config.seeds[0]}); {steps} "
+                  f"steps, {spent:.0f} s, {config.patience:g} times CoordConv's; {parameters(net)} "
                   "weights", "not contradicted" if score <= limit else "contradicted")
 
 
@@ -169,8 +169,8 @@ def rendering_rows(config):
         net, seconds = timed(run)
         iou = cr.evaluate(net, data, task="rendering")
         yield Row(f"CoordConv renders squares perfectly on the {split} split", "Liu et al.",
-                  f"test IoU {iou:.3f} (seed {seed}); relative start, {config.centre_steps} steps on the "
-                  f"centre then {config.render_steps} on the square, {seconds:.0f} s, "
+                  f"test IoU {iou:.3f} (seed {seed}); relative start, {config.centre_steps} "
+                  f"steps on the centre then {config.render_steps} on the square, {seconds:.0f} s, "
                   f"{parameters(net)} weights",
                   ("holds" if iou > 0.99 else "not reached") + " with our recipe")
 
@@ -202,11 +202,12 @@ def regression_rows(config):
         yield Row(f"one CoordConv net regresses coordinates, {split} split", "Liu et al.",
                   f"he_normal start: {paper:.2f} pixels off; loud start (ours): {ours:.2f} (seed "
                   f"{seed}); {config.regress_steps} steps, {seconds:.0f} s, {parameters(net)} "
-                  "weights", " and ".join(f"{'holds' if pixels < 0.5 else 'not reached'} with {whose} start"
-                                     for pixels, whose in ((paper, "the paper's"), (ours, "our"))))
+                  "weights", " and ".join(
+                      f"{'holds' if pixels < 0.5 else 'not reached'} with {whose} start"
+                      for pixels, whose in ((paper, "the paper's"), (ours, "our"))))
 
 
-# SPEED --------------------------------------------------------------------------------------------
+# SPEED -------------------------------------------------------------------------------------------
 
 def peers():
     """torch, if it is there, with as many threads as coordref uses."""
@@ -268,12 +269,13 @@ def speed_lines(config):
            f"{1e6 * b / 64:.0f}; {8 / ratio:.0f} times as fast")
 
 
-# THE TABLE ----------------------------------------------------------------------------------------
+# THE TABLE ---------------------------------------------------------------------------------------
 
 def processor():
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+            return next(line.split(":")[1].strip() for line in file
+                        if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

@@ -108,7 +108,7 @@ __all__ = [
 ]
 
 
-# 1 ARRAYS: the arrays that come in choose the module ----------------------------------------------
+# 1 ARRAYS: the arrays that come in choose the module ---------------------------------------------
 
 def array_module(*arrays):
     """The module, numpy or cupy, whose arrays these are.
@@ -185,7 +185,8 @@ def _per_axis(fn, name, value, rank, low):
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{fn}: {name} must be an integer or one per axis, got {value!r}")
     if len(value) != rank:
-        raise ValueError(f"{fn}: {name} must have one entry for each of {rank} axes, got {value!r}")
+        raise ValueError(f"{fn}: {name} must have one entry for each of {rank} axes, "
+                         f"got {value!r}")
     return tuple(_integer(fn, name, v, low) for v in value)
 
 
@@ -286,7 +287,7 @@ def _narrow(dtype, *arrays):
     return tuple(a if a is None else a.astype(dtype, copy=False) for a in arrays)
 
 
-# 2 COORDINATES ------------------------------------------------------------------------------------
+# 2 COORDINATES -----------------------------------------------------------------------------------
 
 def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     """The coordinates of the n pixels along an axis.
@@ -440,7 +441,7 @@ def _spatial(fn, x, rank=None, name="x"):
         raise ValueError(f"{fn}: {name} must be {wanted}, got {name}.shape={x.shape}")
 
 
-# 3 CONVOLUTION ------------------------------------------------------------------------------------
+# 3 CONVOLUTION -----------------------------------------------------------------------------------
 #
 #   y[n, f, o] = b[f] + sum_{c, k} x[n, c, o*stride + k*dilation - before] * w[f, c, k]
 #
@@ -493,8 +494,8 @@ def _window_geometry(fn, size, kernel, stride, padding, dilation=1, groups=1):
         raise ValueError(f"{fn}: padding {pads} makes an image of {tuple(size)} too large for any "
                          "memory")
     if min(kernel) < 1 or min(out) < 1:
-        raise ValueError(f"{fn}: a kernel of {tuple(kernel)} with dilation {dilation} does not fit "
-                         f"into an image of {tuple(size)} with padding {pads}")
+        raise ValueError(f"{fn}: a kernel of {tuple(kernel)} with dilation {dilation} does not "
+                         f"fit into an image of {tuple(size)} with padding {pads}")
     return _Geometry(tuple(kernel), stride, dilation, pads, groups, out)
 
 
@@ -516,8 +517,8 @@ def _conv_geometry(fn, x, w, b, stride, padding, dilation, groups, coords=0, siz
         raise ValueError(f"{fn}: groups={groups} must divide the {w.shape[0]} filters {shapes}")
     if b is not None:
         _same_shape(fn, "b", b, w.shape[:1], "the filters")
-    return _window_geometry(fn, x.shape[2:] if size is None else size, w.shape[2:], stride, padding,
-                            dilation, groups)
+    return _window_geometry(fn, x.shape[2:] if size is None else size, w.shape[2:], stride,
+                            padding, dilation, groups)
 
 
 def _deconv_geometry(fn, x, w, b, stride, padding, output_padding, dilation, groups):
@@ -570,7 +571,7 @@ def _blas():
 
 @functools.cache
 def _pool(process, workers):
-    """Threads that stay for the next call; a forked process has none of them, so it makes its own."""
+    """Threads that stay for the next call; a forked process has none of them and makes its own."""
     return ThreadPoolExecutor(workers)
 
 
@@ -587,7 +588,9 @@ def _cores():
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked):
         return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _one_team = threading.Lock()
@@ -742,7 +745,7 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
     if all(s == 1 for s in geo.stride):
         # the transpose of a correlation of stride 1 is the correlation with the mirrored kernel
         mirror = w.reshape(G, F // G, C // G, *geo.kernel).swapaxes(1, 2)
-        mirror = mirror.reshape(C, F // G, *geo.kernel)[(..., *(slice(None, None, -1),) * len(size))]
+        mirror = xp.flip(mirror.reshape(C, F // G, *geo.kernel), axis=tuple(range(2, dy.ndim)))
         pads = tuple((k - 1 - p, n + p - m)
                      for n, m, k, (p, _) in zip(size, geo.out, span, geo.pads))
         return _correlate(dy, mirror, geo._replace(pads=pads, out=tuple(size)), base, last)
@@ -960,7 +963,8 @@ def _coord_geometry(fn, x, w, b, size, radius, scale, stride, padding, dilation)
     if size is not None:
         size = _size(fn, size)
         _spatial(fn, x, len(size))
-        _same_shape(fn, "x", x, (*x.shape[:2], *(1,) * len(size)), "single pixels where size is set")
+        _same_shape(fn, "x", x, (*x.shape[:2], *(1,) * len(size)),
+                    "single pixels, which size tiles")
     coords = coord_channels(x.shape[2:] if size is None else size, radius=radius, scale=scale,
                             dtype=x.dtype, xp=xp)[None]
     return _conv_geometry(fn, x, w, b, stride, padding, dilation, 1, coords.shape[1], size), coords
@@ -1081,7 +1085,7 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
     return _narrow(x.dtype, dx, dw, None if b is None else _sum_by_filter(dy))
 
 
-# 4 THE OTHER PIECES -------------------------------------------------------------------------------
+# 4 THE OTHER PIECES ------------------------------------------------------------------------------
 
 def relu(x):
     """max(x, 0), elementwise; NaN stays NaN. x : array of any shape."""
@@ -1512,7 +1516,7 @@ def mean_squared_error_backward(dy, y, target):
     return _narrow(y.dtype, slope, -slope)
 
 
-# 5 NETWORKS ---------------------------------------------------------------------------------------
+# 5 NETWORKS --------------------------------------------------------------------------------------
 
 class Layer(NamedTuple):
     """One step of a network: op(x, *params, **options). A network is a list of these.
@@ -1572,7 +1576,8 @@ def backward(net, dy, inputs, *, need_dx=True):
         If net is not such a list, inputs are not one per layer, or as the layers raise.
     """
     if not isinstance(inputs, (list, tuple)):
-        raise TypeError(f"backward: inputs must be a list, as forward returns, got {_kind(inputs)}")
+        raise TypeError("backward: inputs must be a list, as forward returns, got "
+                        + _kind(inputs))
     if len(_layers("backward", net)) != len(inputs):
         raise ValueError(f"backward: inputs must hold one array for each of {len(net)} layers, "
                          f"got {len(inputs)}")
@@ -1623,10 +1628,11 @@ def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
     w = rng.standard_normal(shape)
     while (outside := abs(w) > 2).any():
         w[outside] = rng.standard_normal(int(outside.sum()))
-    return xp.asarray((w * math.sqrt(2 / math.prod(shape[1:])) / 0.87962566103423978).astype(dtype))
+    w *= math.sqrt(2 / math.prod(shape[1:])) / 0.87962566103423978
+    return xp.asarray(w.astype(dtype))
 
 
-# 6 MODELS OF THE PAPER ----------------------------------------------------------------------------
+# 6 MODELS OF THE PAPER ---------------------------------------------------------------------------
 
 def _conv_layer(draw, shape, op=conv, **options):
     """A convolution with He weights and zero biases; shape as the op wants its weights."""
@@ -1827,8 +1833,9 @@ def conv_regressor(split, *, width=1, rng=None, dtype=np.float32, xp=np):
         return net[:-1] + [_conv_layer(draw, (64 * width, c, 8, 8)), Layer(relu),
                            _conv_layer(draw, (2, 64 * width, 1, 1)), Layer(sum_pool)]
     net, C = [], 1
-    for F, k, stride, norm in ((c, 5, 2, 0), (c, 1, 1, 1), (c, 3, 1, 0), (c, 3, 2, 0), (c, 3, 2, 1),
-                               (c, 3, 2, 0), (c, 1, 1, 0), (c, 3, 2, 0), (2, 3, 1, 0)):
+    for F, k, stride, norm in ((c, 5, 2, 0), (c, 1, 1, 1), (c, 3, 1, 0),
+                               (c, 3, 2, 0), (c, 3, 2, 1), (c, 3, 2, 0),
+                               (c, 1, 1, 0), (c, 3, 2, 0), (2, 3, 1, 0)):
         net += [_conv_layer(draw, (F, C, k, k), stride=stride, padding="same")]
         # the second layer's rectifier comes before its norm, the fifth's after: as published
         after = [_norm_layer(draw, F)] * norm
@@ -1837,7 +1844,7 @@ def conv_regressor(split, *, width=1, rng=None, dtype=np.float32, xp=np):
     return net + [Layer(mean_pool)]
 
 
-# 7 DATA AND TRAINING ------------------------------------------------------------------------------
+# 7 DATA AND TRAINING -----------------------------------------------------------------------------
 
 class Dataset(NamedTuple):
     """Every position of a square on a canvas, and which of them train and which test.
@@ -1937,7 +1944,8 @@ def _train_arguments(fn, net, data, task, scale):
     if not params:
         raise ValueError(f"{fn}: net must have parameters, got none in {len(net)} layers")
     if not isinstance(data, Dataset):
-        raise TypeError(f"{fn}: data must be a Dataset, as not_so_clevr returns, got {_kind(data)}")
+        raise TypeError(f"{fn}: data must be a Dataset, as not_so_clevr returns, "
+                        f"got {_kind(data)}")
     _one_of(fn, "task", task, tuple(_LOSSES))
     _one_of(fn, "scale", scale, ("unit", "pixel"))
     return _arrays(fn, **params), next(iter(params.values())).dtype
@@ -1979,7 +1987,8 @@ def adam_step(w, dw, m, v, step, *, learning_rate=0.005, beta1=0.9, beta2=0.99, 
     m = beta1 * m + (1 - beta1) * dw
     v = beta2 * v + (1 - beta2) * dw * dw
     correction = math.sqrt(1 - beta2 ** step)
-    return w - (rate * correction / (1 - beta1 ** step)) * m / (xp.sqrt(v) + eps * correction), m, v
+    rate *= correction / (1 - beta1 ** step)
+    return w - rate * m / (xp.sqrt(v) + eps * correction), m, v
 
 
 def _decayed(decay, rate, step, steps, epoch):
@@ -2110,9 +2119,9 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
         batch = points[order[at:at + batch_size]]
         size = len(batch) if mixes_images else _SHARD
         live = _unflatten(_frozen(net, [(None, None)] * len(statistics)), flat)
-        parts = _spread(xp, lambda i: _shard_gradient(
-            live, data, batch[i:i + size], task, scale, len(batch[i:i + size]) / len(batch), norms),
-            range(0, len(batch), size))
+        shards = [batch[i:i + size] for i in range(0, len(batch), size)]
+        parts = _spread(xp, lambda shard: _shard_gradient(
+            live, data, shard, task, scale, len(shard) / len(batch), norms), shards)
         loss, dw = sum(p[0] for p in parts), sum(p[1] for p in parts)
         if l2:
             loss, dw = loss + l2 * (weights * flat * flat).sum(), dw + 2 * l2 * weights * flat
@@ -2261,8 +2270,8 @@ def load(path, net):
                 raise ValueError(f"its format is {str(found['format'])[:40]!r}")
             for name, a in expected.items():
                 if (found[name].shape, found[name].dtype) != (a.shape, a.dtype):
-                    raise ValueError(f"{name} is {found[name].dtype} {found[name].shape}, expected "
-                                     f"{a.dtype} {a.shape}")
+                    raise ValueError(f"{name} is {found[name].dtype} {found[name].shape}, "
+                                     f"expected {a.dtype} {a.shape}")
         except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError,
                 zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"load: {path} is not a file of this network: {error}") from error
@@ -2276,7 +2285,7 @@ def load(path, net):
     return layers
 
 
-# 8 THE ANALYTIC ANSWER ----------------------------------------------------------------------------
+# 8 THE ANALYTIC ANSWER ---------------------------------------------------------------------------
 #
 # Nothing below is trained. On the pixel scale let X hold each pixel's coordinate on one axis of
 # length W, and A the image. The critic reads the coordinate off a one-hot A as
@@ -2501,8 +2510,8 @@ def encode(coords, size, *, dtype=None):
 # THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
 # NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
 # NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
-# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
-# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
 if __name__ == "__main__":
     import doctest

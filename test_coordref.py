@@ -57,7 +57,7 @@ def dot(a, b):
     return float((coordref.to_numpy(a).astype(float) * coordref.to_numpy(b).astype(float)).sum())
 
 
-# ORACLES: the definitions as loops -----------------------------------------------------------------
+# ORACLES: the definitions as loops ---------------------------------------------------------------
 
 def conv_by_definition(x, w, b, stride, pads, dilation, groups):
     """y[n, f, o] = b[f] + sum_{c, k} x[n, c, o*stride + k*dilation - before] * w[f, c, k]."""
@@ -100,14 +100,14 @@ def random_conv(seed):
     return x, w, rng.standard_normal(F), stride, pads, dilation, G
 
 
-# LAWS ---------------------------------------------------------------------------------------------
+# LAWS --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("block", [1, 40, 2 ** 20])
 @pytest.mark.parametrize("seed", range(40))
 def test_convolution_is_its_definition_and_its_gradients_are_its_transposes(seed, block,
                                                                             monkeypatch):
     """<conv(x, w), g> = <x, dx> = <w, dw>: convolution is linear in x and in w."""
-    monkeypatch.setattr(coordref, "_BLOCK", block)          # whole images, single rows, and between
+    monkeypatch.setattr(coordref, "_BLOCK", block)          # rows, images, and between
     x, w, b, stride, pads, dilation, groups = random_conv(seed)
     options = {"stride": stride, "padding": pads, "dilation": dilation, "groups": groups}
     before = [a.copy() for a in (x, w, b)]
@@ -282,7 +282,7 @@ def test_the_oracle_rejects_planted_errors(change):
         close(conv(*change(x, w)), wanted, terms=18)
 
 
-# COORDINATES --------------------------------------------------------------------------------------
+# COORDINATES -------------------------------------------------------------------------------------
 
 def test_coordinates_that_a_person_can_check(xp):
     x = xp.asarray(np.full((1, 1, 2, 3), 7, np.float32))
@@ -320,7 +320,7 @@ def test_channels_follow_the_axes_and_the_radius_is_their_norm(size):
     assert centre.tolist() == [0, 0, 0]
 
 
-# LITERALS OF CONVOLUTION --------------------------------------------------------------------------
+# LITERALS OF CONVOLUTION -------------------------------------------------------------------------
 
 def test_a_delta_kernel_shifts_the_image(xp):
     x = normal(0, 2, 1, 4, 5, xp=xp)
@@ -389,7 +389,8 @@ def test_same_divides_the_size_and_puts_the_odd_pixel_after(size, kernel, stride
     z = coordref.conv_transpose(x, w, stride=stride, dilation=dilation, padding="same")
     assert z.shape == (1, 1, size * stride)
     g = normal(2, *z.shape)
-    close(dot(conv(g, w, stride=stride, dilation=dilation, padding="same"), x), dot(z, g), terms=99)
+    back = conv(g, w, stride=stride, dilation=dilation, padding="same")
+    close(dot(back, x), dot(z, g), terms=99)
 
 
 @pytest.mark.parametrize("dtype, bits", [(np.float16, 11), (np.float32, 24), (np.float64, 53)])
@@ -441,7 +442,7 @@ def test_the_number_of_threads_does_not_change_a_bit(monkeypatch):
         assert all(np.array_equal(a, c) for a, c in zip(results[0], other))
 
 
-# OTHER LIBRARIES ----------------------------------------------------------------------------------
+# OTHER LIBRARIES ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_agreement_with_scipy(rank):
@@ -498,7 +499,7 @@ def test_batch_norm_and_losses_agree_with_torch():
         close(np.asarray(ours), theirs.numpy(), terms=42)
 
 
-# THE OTHER PIECES ---------------------------------------------------------------------------------
+# THE OTHER PIECES --------------------------------------------------------------------------------
 
 def test_pieces_that_a_person_can_check(xp):
     x = xp.asarray(np.array([[[-1., 2., 5., 5.]]]))
@@ -511,7 +512,7 @@ def test_pieces_that_a_person_can_check(xp):
     assert get(coordref.max_pool(x)) == [[5]] and get(coordref.mean_pool(x)) == [[2.75]]
     assert get(coordref.sum_pool(x)) == [[11]]
     one = xp.ones((1, 1))
-    assert get(coordref.max_pool_backward(one, x)) == [[[0, 0, 1, 0]]]          # the first of equals
+    assert get(coordref.max_pool_backward(one, x)) == [[[0, 0, 1, 0]]]      # the first of equals
     assert get(coordref.max_pool_backward(xp.ones((1, 1, 1)), x, kernel=4)) == [[[0, 0, 1, 0]]]
     assert get(coordref.affine(x, xp.full(1, -1.), xp.full(1, 4.))) == [[[5, 2, -1, -1]]]
     y = coordref.to_numpy(coordref.softmax(xp.asarray(np.array([[0., math.log(3)]]))))
@@ -540,7 +541,7 @@ def test_labels_and_one_hot_targets_mean_the_same():
     assert np.array_equal(dz, coordref.softmax_cross_entropy_backward(1.0, z, hot)[0])
 
 
-# NETWORKS AND MODELS ------------------------------------------------------------------------------
+# NETWORKS AND MODELS -----------------------------------------------------------------------------
 
 def count(net):
     return sum(p.size for layer in net for p in layer.params)
@@ -571,7 +572,8 @@ def test_parameter_counts_of_the_paper(make, wanted):
 
 @pytest.mark.parametrize("make, x, out", [
     (coordref.coordconv_painter, (2, 2, 1, 1), (2, 1, 64, 64)),
-    (lambda **o: coordref.coordconv_painter(size=(5, 6, 7), **o), (2, 3, 1, 1, 1), (2, 1, 5, 6, 7)),
+    (lambda **o: coordref.coordconv_painter(size=(5, 6, 7), **o), (2, 3, 1, 1, 1),
+     (2, 1, 5, 6, 7)),
     (coordref.deconv_painter, (2, 2, 1, 1), (2, 1, 64, 64)),
     (coordref.coordconv_renderer, (2, 2, 1, 1), (2, 1, 64, 64)),
     (coordref.coordconv_regressor, (2, 1, 64, 64), (2, 2)),
@@ -619,7 +621,7 @@ def test_the_relative_start_sees_only_differences():
     close(maps[0][1:7, 2:9], maps[1][3:9, 1:8], terms=64)   # the same picture, moved
 
 
-# DATA AND TRAINING --------------------------------------------------------------------------------
+# DATA AND TRAINING -------------------------------------------------------------------------------
 
 def test_the_data_set_of_the_paper():
     data = coordref.not_so_clevr()
@@ -718,7 +720,8 @@ def test_schedules():
     for decay, wanted in (("linear", [1, 0.75, 0.5, 0.25]), ("constant", [1, 1, 1, 1])):
         _, history = train_small(steps=4, decay=decay, learning_rate=1.0)
         assert history["learning_rate"].tolist() == wanted
-    rates = [coordref._decayed("step", 1.0, 0, 1, epoch) for epoch in (0, 199, 200, 400, 800, 1800)]
+    rates = [coordref._decayed("step", 1.0, 0, 1, epoch)
+             for epoch in (0, 199, 200, 400, 800, 1800)]
     np.testing.assert_allclose(rates, [1, 1, 0.1, 0.01, 1e-4, 1e-4])
     _, history = train_small(steps=None, epochs=2, batch_size=30)
     assert len(history["loss"]) == 2 * math.ceil(len(SMALL.train) / 30)
@@ -786,7 +789,7 @@ def test_the_analytic_networks_score_perfectly_and_wrong_ones_do_not(task, make,
     close(np.float32(coordref.evaluate(shifted, data, task=task, scale="pixel")), wanted)
 
 
-# FILES --------------------------------------------------------------------------------------------
+# FILES -------------------------------------------------------------------------------------------
 
 def test_save_and_load_give_back_every_bit(tmp_path):
     for net in (coordref.conv_regressor("quadrant", rng=0), coordref.decoder_network((5, 6))):
@@ -802,7 +805,8 @@ def test_a_file_that_is_not_this_network_is_refused(tmp_path):
     coordref.save(path, net)
     whole = path.read_bytes()
     for part in (whole[:0], whole[:50], whole[:len(whole) // 2], whole[:-1],
-                 whole.replace(*(word.encode("utf-32-le") for word in ("network", "notwork"))), b"x" * 500):
+                 whole.replace("network".encode("utf-32-le"), "notwork".encode("utf-32-le")),
+                 b"x" * 500):
         path.write_bytes(part)
         with pytest.raises(ValueError, match="load"):
             coordref.load(path, net)
@@ -826,7 +830,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
 
 
-# THE ANALYTIC ANSWER ------------------------------------------------------------------------------
+# THE ANALYTIC ANSWER -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("size", [(1,), (9,), (1, 7), (6, 1), (5, 8), (12, 12), (3, 4, 5)])
@@ -874,7 +878,7 @@ def test_the_renderer_draws_squares_and_cuts_them_at_the_edge(xp):
     assert np.array_equal(y, wanted)
 
 
-# BAD INPUT ----------------------------------------------------------------------------------------
+# BAD INPUT ---------------------------------------------------------------------------------------
 
 X, WT, B = normal(0, 2, 3, 5, 6), normal(1, 4, 3, 3, 2), normal(2, 4)
 Y = conv(X, WT, B)
@@ -1027,7 +1031,8 @@ def test_bad_input_gets_a_sentence(name, args, options, error, named):
     message = str(caught.value)
     assert type(caught.value) is error
     function = "array_module" if name == "to_numpy" else name
-    assert re.match(rf"(?s)({function}|conv|axis_coords|coord\w+|encoder_network): .*", message), message
+    inner = r"conv|axis_coords|coord\w+|encoder_network"
+    assert re.match(rf"({function}|{inner}): ", message), message
     assert re.search(rf"\b{re.escape(named)}\b", message) and len(message) > 25, message
 
 
@@ -1043,7 +1048,7 @@ def test_mixed_arrays_are_refused_with_the_way_out(monkeypatch):
             call()
 
 
-# THE FILE ITSELF ----------------------------------------------------------------------------------
+# THE FILE ITSELF ---------------------------------------------------------------------------------
 
 SIGNATURES = """
 array_module(*arrays)
@@ -1106,7 +1111,7 @@ def test_a_renamed_copy_runs_alone(tmp_path):
     block = ("import sys\n"
              "class Refuse:\n"
              "    def find_spec(self, name, path=None, target=None):\n"
-             "        if name.split('.')[0] in ('scipy', 'cupy', 'torch', 'matplotlib', 'coordref'):\n"
+             "        if name.split('.')[0] in ('scipy', 'cupy', 'torch', 'coordref'):\n"
              "            raise ImportError(name)\n"
              "sys.meta_path.insert(0, Refuse())\n"
              "import doctest, vendored\n"
