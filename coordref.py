@@ -557,8 +557,7 @@ def _deconv_geometry(fn, x, w, b, stride, padding, output_padding, dilation, gro
 @functools.cache
 def _blas():
     """How to get and set the threads of NumPy's OpenBLAS, or None where NumPy has another BLAS."""
-    extension = (sys.modules.get("numpy._core._multiarray_umath")
-                 or sys.modules.get("numpy.core._multiarray_umath"))
+    extension = sys.modules.get("numpy._core._multiarray_umath")
     for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
         try:
             library = ctypes.CDLL(extension.__file__)       # symbols of what it links to count too
