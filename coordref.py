@@ -598,9 +598,10 @@ _one_team = threading.Lock()
 def _spread(xp, task, items):
     """[task(item) for item in items], on all cores: one thread per core, one BLAS thread in each.
 
-    Items do not depend on the number of threads and results keep their order, so the answer is
+    Items do not depend on the number of threads and results keep their order, so that sums are
     the same on one core. OMP_NUM_THREADS sets another number. A task that comes here in its turn,
-    or another thread of the program, finds the team at work and goes on alone.
+    or another thread of the program, finds the team at work and goes on alone; its products may
+    then differ in the last bit, as a product by one BLAS thread does from one by several.
     """
     workers = 1
     if xp is np and len(items) > 1 and not _one_team.locked():
