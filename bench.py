@@ -293,7 +293,7 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="one seed and short trainings")
     config = parser.parse_args(arguments)
     for name, quick, full in (
-            ("seeds", [0], [0, 1, 2]), ("he_steps", 10, 80), ("patience", 0.3, 10),
+            ("seeds", [0], [0, 1, 2]), ("he_steps", 10, 60), ("patience", 0.3, 10),
             ("centre_steps", 10, 60), ("render_steps", 3, 60), ("regress_steps", 5, 150),
             ("repeats", 3, 5)):
         setattr(config, name, quick if config.quick else full)
