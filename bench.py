@@ -122,10 +122,10 @@ def classification_rows(config):
         for seed in config.seeds:
             say(f"classification, {split}, relative start, seed {seed}")
             net = cr.coordconv_painter(start="relative", rng=seed)
-            runs.append(classify(net, data, steps=60, batch_size=8, learning_rate=0.01, rng=seed))
+            runs.append(classify(net, data, steps=40, batch_size=8, learning_rate=0.01, rng=seed))
         scores, seconds = [r[0] for r in runs], np.median([r[1] for r in runs])
         yield Row(f"CoordConv with the relative start is perfect on the {split} split",
-                  "coordref", f"test {percent(scores)} (seeds {config.seeds}); 60 steps of 8, "
+                  "coordref", f"test {percent(scores)} (seeds {config.seeds}); 40 steps of 8, "
                   f"{seconds:.1f} s, {parameters(net)} weights", holds(min(scores) == 1), True)
 
         runs = []
