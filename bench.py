@@ -5,8 +5,8 @@
     python bench.py --quick     shorter trainings and one seed, under 20 seconds
 
 Each row runs one claim of the paper (Liu et al. 2018, arXiv 1807.03247), of its critic
-(Piekniewski 2018) or of this project, and says what was measured here and whether the claim holds in it. A row
-marked as a check is a promise of coordref itself: the exit status is 1 where one fails. Nothing is
+(Piekniewski 2018) or of this project, and says what was measured here and whether the claim holds
+in it. A row marked as a check is a promise of coordref itself: the exit status is 1 where one fails. Nothing is
 downloaded; the data set is drawn by coordref. Progress goes to stderr on a terminal.
 """
 
@@ -109,6 +109,16 @@ def critic_rows(config):
               f"{tuple(half)}; none gives {tuple(blank)}", "one-hot images only")
 
 
+def over_seeds(config, text, data, start, **options):
+    """Train a painter from one start with each seed: test accuracies, median seconds, weights."""
+    runs = []
+    for seed in config.seeds:
+        say(f"classification, {text}, {start} start, seed {seed}")
+        net = cr.coordconv_painter(start=start, rng=seed)
+        runs.append(classify(net, data, rng=seed, **options))
+    return [r[0] for r in runs], np.median([r[1] for r in runs]), parameters(net)
+
+
 def classify(net, data, **options):
     """Train and test a painter: test accuracy, seconds of training, steps."""
     (net, history), seconds = timed(lambda: cr.train(net, data, task="classification", **options))
@@ -118,25 +128,16 @@ def classify(net, data, **options):
 def classification_rows(config):
     for split in ("uniform", "quadrant"):
         data = cr.not_so_clevr(split)
-        runs = []
-        for seed in config.seeds:
-            say(f"classification, {split}, relative start, seed {seed}")
-            net = cr.coordconv_painter(start="relative", rng=seed)
-            runs.append(classify(net, data, steps=40, batch_size=8, learning_rate=0.01, rng=seed))
-        scores, seconds = [r[0] for r in runs], np.median([r[1] for r in runs])
+        scores, seconds, weights = over_seeds(config, split, data, "relative", steps=40,
+                                              batch_size=8, learning_rate=0.01)
         yield Row(f"CoordConv with the relative start is perfect on the {split} split",
                   "coordref", f"test {percent(scores)} (seeds {config.seeds}); 40 steps of 8, "
-                  f"{seconds:.1f} s, {parameters(net)} weights", holds(min(scores) == 1), True)
+                  f"{seconds:.1f} s, {weights} weights", holds(min(scores) == 1), True)
 
-        runs = []
-        for seed in config.seeds:
-            say(f"classification, {split}, he_normal start, seed {seed}")
-            net = cr.coordconv_painter(rng=seed)
-            runs.append(classify(net, data, steps=config.he_steps, l2=1e-3, rng=seed))
-        he = [r[0] for r in runs]
+        he, he_seconds, _ = over_seeds(config, split, data, "he", steps=config.he_steps, l2=1e-3)
         yield Row(f"CoordConv is perfect on the {split} split in seconds", "Liu et al.",
                   f"he_normal start: test {percent(he)} (seeds {config.seeds}); {config.he_steps} "
-                  f"steps, {np.median([r[1] for r in runs]):.1f} s",
+                  f"steps, {he_seconds:.1f} s",
                   "holds" if min(he) == 1 else f"not within {config.he_steps} steps")
 
         say(f"classification, {split}, deconvolution")
@@ -148,8 +149,8 @@ def classification_rows(config):
         limit = {"uniform": 0.86, "quadrant": 0.0}[split]
         yield Row(f"a deconvolution network gets at most {100 * limit:.0f} % on the {split} split",
                   "Liu et al.", f"test {percent([score])} (seed {config.seeds[0]}); {steps} "
-                  f"steps, {spent:.0f} s, {config.patience:g} times CoordConv's; {parameters(net)} "
-                  "weights", "not contradicted" if score <= limit else "contradicted")
+                  f"steps, {spent:.0f} s, {config.patience:g} times CoordConv's; "
+                  f"{parameters(net)} weights", "not contradicted" if score <= limit else "contradicted")
 
 
 def rendering_rows(config):
@@ -170,8 +171,8 @@ def rendering_rows(config):
         iou = cr.evaluate(net, data, task="rendering")
         yield Row(f"CoordConv renders squares perfectly on the {split} split", "Liu et al.",
                   f"test IoU {iou:.3f} (seed {seed}); relative start, {config.centre_steps} "
-                  f"steps on the centre then {config.render_steps} on the square, {seconds:.0f} s, "
-                  f"{parameters(net)} weights",
+                  f"steps on the centre then {config.render_steps} on the square, "
+                  f"{seconds:.0f} s, {parameters(net)} weights",
                   ("holds" if iou > 0.99 else "not reached") + " with our recipe")
 
 

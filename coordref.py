@@ -499,15 +499,20 @@ def _window_geometry(fn, size, kernel, stride, padding, dilation=1, groups=1):
     return _Geometry(tuple(kernel), stride, dilation, pads, groups, out)
 
 
-def _conv_geometry(fn, x, w, b, stride, padding, dilation, groups, coords=0, size=None):
-    """Check the arguments of a convolution of x with coords more channels, of size if given."""
+def _check_operands(fn, x, w, b, groups):
+    """Check what a convolution and its transpose ask alike; groups, and the shapes in words."""
     _arrays(fn, optional=("b",), x=x, w=w, b=b)
     _spatial(fn, x)
-    C = x.shape[1]
     shapes = f"(x.shape={x.shape}, w.shape={w.shape})"
     if w.ndim != x.ndim:
         raise ValueError(f"{fn}: x and w must have the same number of axes {shapes}")
-    groups = _integer(fn, "groups", groups, 1)
+    return _integer(fn, "groups", groups, 1), shapes
+
+
+def _conv_geometry(fn, x, w, b, stride, padding, dilation, groups, coords=0, size=None):
+    """Check the arguments of a convolution of x with coords more channels, of size if given."""
+    groups, shapes = _check_operands(fn, x, w, b, groups)
+    C = x.shape[1]
     if w.shape[1] * groups != C + coords:
         extra = f" and {coords} coordinates" if coords else ""
         per_group = f" in each of {groups} groups" if groups > 1 else ""
@@ -524,13 +529,8 @@ def _conv_geometry(fn, x, w, b, stride, padding, dilation, groups, coords=0, siz
 def _deconv_geometry(fn, x, w, b, stride, padding, output_padding, dilation, groups):
     """Check the arguments of a transposed convolution. Returns the geometry of the convolution
     whose gradient it is, and its own output size."""
-    _arrays(fn, optional=("b",), x=x, w=w, b=b)
-    _spatial(fn, x)
+    groups, shapes = _check_operands(fn, x, w, b, groups)
     rank, C = x.ndim - 2, x.shape[1]
-    shapes = f"(x.shape={x.shape}, w.shape={w.shape})"
-    if w.ndim != x.ndim:
-        raise ValueError(f"{fn}: x and w must have the same number of axes {shapes}")
-    groups = _integer(fn, "groups", groups, 1)
     if w.shape[0] != C:
         raise ValueError(f"{fn}: x has {C} channels but w takes {w.shape[0]} {shapes}")
     if C % groups:
@@ -795,9 +795,14 @@ def _correlate_dw(dy, x, geo, shape):
     return xp.moveaxis(dw.reshape(F, *kernel, C), -1, 1) if last else dw.reshape(shape)
 
 
+def _pixels(x):
+    """(N, C, *size) as (N, C, pixels)."""
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+
+
 def _sum_by_filter(dy):
     """db[f] = sum over images and pixels of dy[n, f]."""
-    pixels = dy.reshape(*dy.shape[:2], math.prod(dy.shape[2:]))
+    pixels = _pixels(dy)
     return (pixels @ _xp(dy).ones(pixels.shape[2], dy.dtype)).sum(axis=0)
 
 
@@ -1117,11 +1122,6 @@ def _pool_geometry(fn, x, kernel, stride, padding):
     if any(max(pair) >= k for pair, k in zip(geo.pads, kernel)):
         raise ValueError(f"{fn}: padding must be smaller than the kernel {kernel}, got {geo.pads}")
     return geo
-
-
-def _pixels(x):
-    """(N, C, *size) as (N, C, pixels)."""
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
 
 
 def max_pool(x, *, kernel=None, stride=None, padding=0):
