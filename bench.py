@@ -6,8 +6,9 @@
 
 Each row runs one claim of the paper (Liu et al. 2018, arXiv 1807.03247), of its critic
 (Piekniewski 2018) or of this project, and says what was measured here and whether the claim holds
-in it. A row marked as a check is a promise of coordref itself: the exit status is 1 where one fails. Nothing is
-downloaded; the data set is drawn by coordref. Progress goes to stderr on a terminal.
+in it. A row marked as a check is a promise of coordref itself: the exit status is 1 where one
+fails. Nothing is downloaded; the data set is drawn by coordref. Progress goes to stderr on a
+terminal.
 """
 
 import argparse
@@ -150,7 +151,8 @@ def classification_rows(config):
         yield Row(f"a deconvolution network gets at most {100 * limit:.0f} % on the {split} split",
                   "Liu et al.", f"test {percent([score])} (seed {config.seeds[0]}); {steps} "
                   f"steps, {spent:.0f} s, {config.patience:g} times CoordConv's; "
-                  f"{parameters(net)} weights", "not contradicted" if score <= limit else "contradicted")
+                  f"{parameters(net)} weights",
+                  "not contradicted" if score <= limit else "contradicted")
 
 
 def rendering_rows(config):
