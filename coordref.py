@@ -604,20 +604,30 @@ def _spread(xp, task, items):
     or another thread of the program, finds the team at work and goes on alone; its products may
     then differ in the last bit, as a product by one BLAS thread does from one by several.
     """
-    workers = 1
+    results, queue, workers = [None] * len(items), enumerate(items), 1
     if xp is np and len(items) > 1 and not _one_team.locked():
         _keep_memory()
-        workers = _cores()
+        workers = min(_cores(), len(items))
+
+    def work():
+        for i, item in queue:           # threads take items from one iterator, one at a time
+            results[i] = task(item)
     if workers < 2 or _blas() is None or not _one_team.acquire(blocking=False):
-        return [task(item) for item in items]
+        work()
+        return results
     get_threads, set_threads = _blas()
-    before = get_threads()
+    before, helpers = get_threads(), []
     try:
         set_threads(1)
-        return list(_pool(os.getpid(), workers).map(task, items))
+        pool = _pool(os.getpid(), _cores())
+        helpers = [pool.submit(work) for _ in range(workers - 1)]
+        work()                          # this thread is one of the team
     finally:
+        for helper in helpers:
+            helper.cancel() or helper.result()
         set_threads(before)
         _one_team.release()
+    return results
 
 
 _BLOCK = 2 ** 21        # most elements of columns in a block: 8 MiB of float32
@@ -666,12 +676,12 @@ def _empty(xp, shape, dtype, last):
     return xp.empty(shape, dtype)
 
 
-def _planes(geo, *arrays):
+def _planes(geo, most, *arrays):
     """The geometry and arrays (N, C, *size) with at least two spatial axes. Under a kernel of 1
-    all pixels are alike and are refolded into rows of the best length for _columns."""
+    all pixels are alike and are refolded into rows of at most so many."""
     pixels, rank = math.prod(geo.out), len(geo.out)
     if math.prod(geo.kernel + geo.stride) == 1 and not any(map(any, geo.pads)) and pixels:
-        row = next(n for n in range(min(128, pixels), 0, -1) if pixels % n == 0)
+        row = next(n for n in range(min(most, pixels), 0, -1) if pixels % n == 0)
         out = (pixels // row, row) if row >= 16 else (1, pixels)
         geo = geo._replace(kernel=(1, 1), stride=(1, 1), dilation=(1, 1), pads=((0, 0),) * 2,
                            out=out)
@@ -683,16 +693,18 @@ def _planes(geo, *arrays):
     return geo, *arrays
 
 
-def _columns(x, geo, block, merge):
-    """The columns that a block of outputs reads, (G, ..., taps of a group, pixels): one matrix
-    per image and row of outputs, or with merge one for all pixels of the block.
+def _columns(x, geo, block, layout):
+    """The columns that a block of outputs reads: matrices (..., taps of a group, pixels).
 
-    Rows make the fastest products: OpenBLAS runs matrices of up to a million multiply-adds
-    without packing them, at 95 to 115 GFLOP/s a core where one large product gets 40 to 100
-    (few filters gain most; measured 2026-11-24). Taps are ordered (kh, ..., c, kw): those of one
-    kh are the row's own copy of its pixels, and the next row's follow them in memory, so that
-    each row's matrix is KH of these in place, overlapping the next one's: KW copies of the
-    image instead of KH * KW.
+    "rows":   (G, N, ..., rows, taps, pixels of a row)
+    "images": (G, N, ..., KH or 1, taps, pixels of an image)
+    "points": (G, 1, taps, pixels of the block), the taps side by side in memory
+
+    Small matrices make the fastest products: OpenBLAS does not pack those of up to a million
+    multiply-adds, and runs at 95 to 115 GFLOP/s a core where it gets 40 to 100 in one large
+    product, the less the fewer the filters (2026-11-24). Taps are ordered (kh, ..., c, kw). The
+    pixels that one row of outputs reads at kh are those that the row before it reads at kh + 1,
+    so KW copies of the image serve KH * KW taps: the matrices overlap.
     """
     images, *places = block
     span, G, h = _span(geo.kernel, geo.dilation), geo.groups, len(geo.out) - 2
@@ -704,22 +716,29 @@ def _columns(x, geo, block, merge):
     n, g, c = (x.shape[0], x.strides[0]), (G, C * x.strides[1]), (C, x.strides[1])
     o = [(p.stop - p.start, t * s) for p, t, s in zip(places, steps, geo.stride)]
     k = [(K, t * d) for K, t, d in zip(geo.kernel, steps, geo.dilation)]
-    taps = [*k[:h], c, k[-1]]
-    K, pixels = math.prod(geo.kernel) * C, o[-1][0]
+    taps, KH, K = [*k[:h], c, k[-1]], geo.kernel[h], math.prod(geo.kernel) * C
+    (rows, _), (row, _), lines = *o[h:], (x.shape[2 + h], steps[h])
+    outer = (G, n[0], *(length for length, _ in o[:h]))
+    strided = _xp(x).lib.stride_tricks.as_strided
 
     def view(*axes):
-        return _xp(x).lib.stride_tricks.as_strided(x, *zip(*axes))
-    if merge:
-        points = math.prod(length for length, _ in (n, *o))
-        return view(g, n, *o, k[h], *taps).reshape(G, points, K).swapaxes(1, 2)
-    batch = (G, x.shape[0], *(length for length, _ in o[:-1]))
-    if geo.kernel[h] == 1 or geo.dilation[h] > 1:
-        return view(g, n, *o[:-1], k[h], *taps, o[-1]).reshape(*batch, K, pixels)
-    rows = view(g, n, *o[:h], (x.shape[2 + h], steps[h]), *taps, o[-1]).copy()
-    row = rows.strides[h + 2]
-    return _xp(x).lib.stride_tricks.as_strided(
-        rows, (*batch, K, pixels),
-        (*rows.strides[:h + 2], row * geo.stride[h], pixels * x.itemsize, x.itemsize))
+        return strided(x, *zip(*axes))
+    if layout == "points":
+        points = math.prod(outer[1:]) * rows * row
+        return view(g, n, *o, k[h], *taps).reshape(G, 1, points, K).swapaxes(2, 3)
+    if layout == "rows":
+        if KH == 1 or geo.dilation[h] > 1:
+            return view(g, n, *o[:-1], k[h], *taps, o[-1]).reshape(*outer, rows, K, row)
+        copies = view(g, n, *o[:h], lines, *taps, o[-1]).copy()
+        line = copies.strides[h + 2]
+        return strided(copies, (*outer, rows, K, row), (
+            *copies.strides[:h + 2], line * geo.stride[h], row * x.itemsize, x.itemsize))
+    if KH == 1 or geo.stride[h] > 1:
+        return view(g, n, *o[:h], k[h], *taps, *o[h:]).reshape(*outer, 1, K, rows * row)
+    copies = view(g, n, *o[:h], *taps, lines, o[-1]).copy()
+    line = row * x.itemsize
+    return strided(copies, (*outer, KH, K // KH, rows * row), (
+        *copies.strides[:h + 2], line * geo.dilation[h], line * lines[0], x.itemsize))
 
 
 def _weight_matrix(w, geo):
@@ -739,34 +758,43 @@ def _at(block):
     return block[0], slice(None), *block[1:]
 
 
-def _product(w, columns):
-    """w @ columns as (G, ..., pixels, F/G), w being (G, F/G, taps)."""
+def _product(w, columns, y):
+    """y = w @ columns, w being (G, F/G, taps) and y (G, ..., pixels, F/G)."""
     xp, (G, F, K) = _xp(w), w.shape
     w = w.reshape(G, *(1,) * (columns.ndim - 3), F, K)
     if K == 1:                          # an outer product: numpy's matmul would not go to BLAS
-        return (w * columns).swapaxes(-1, -2)
-    if columns.strides[-1] == columns.itemsize:
-        return (w @ columns).swapaxes(-1, -2)
-    return columns.swapaxes(-1, -2) @ xp.ascontiguousarray(w.swapaxes(-1, -2))
+        xp.multiply(w.swapaxes(-1, -2), columns.swapaxes(-1, -2), out=y)
+    elif y.strides[-1] == y.itemsize:
+        xp.matmul(columns.swapaxes(-1, -2), xp.ascontiguousarray(w.swapaxes(-1, -2)), out=y)
+    else:
+        part = F if F * K * columns.shape[-1] < 10 ** 6 else math.gcd(F, 16)
+        y = y.swapaxes(-1, -2)
+        xp.matmul(w.reshape(*w.shape[:-2], F // part, part, K), columns[..., None, :, :],
+                  out=y.reshape(*y.shape[:-2], F // part, part, y.shape[-1]))
 
 
 def _correlate(x, w, geo, base=None, last=False):
     """y = w @ columns + base, where base (F, *out) or (F, 1, ...) holds bias and coordinates."""
     xp, F, G, K = _xp(x), len(w), geo.groups, w[0].size
     result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
-    base = None if base is None else xp.broadcast_to(base, (1, F, *geo.out))
-    geo, x, y = _planes(geo, x, result)
+    base = None if base is None else xp.broadcast_to(base, (F, *geo.out))
+    geo, x, y = _planes(geo, 128, x, result)
+    base = None if base is None else base.reshape(F, *geo.out)
     w = _weight_matrix(w.reshape(*w.shape[:2], *geo.kernel), geo)
     merge = geo.out[-1] < 16
 
     def fill(block):
-        target = _points(y[_at(block)], G)
-        part = _product(w, _columns(x, geo, block, merge)).reshape(target.shape)
-        if base is None:
-            target[...] = part
+        target = y[_at(block)]
+        columns = _columns(x, geo, block, "points" if merge else "rows")
+        points = _points(target, G)
+        if merge:
+            part = xp.empty(points.shape, x.dtype)
+            _product(w, columns, part.reshape(G, 1, columns.shape[-1], F // G))
+            points[...] = part
         else:
-            xp.add(part, _points(base.reshape(1, F, *geo.out)[_at((slice(1), *block[1:]))], G),
-                   out=target)
+            _product(w, columns, points)
+        if base is not None:
+            target += base[(slice(None), *block[1:])]
     _spread(xp, fill, _blocks(len(x), geo.out, max(K * G // geo.kernel[-2], F)))
     return result
 
@@ -818,21 +846,27 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
 def _correlate_dw(dy, x, geo, shape):
     """dw[f, c, k] = sum_{n, o} dy[n, f, o] * x[n, c, o*stride + k*dilation - before]."""
     xp, (F, C, *kernel), G = _xp(dy), shape, geo.groups
-    geo, x, dy = _planes(geo, x, dy)
-    F, K, row = F // G, C * math.prod(kernel), geo.out[-1]
-    merge = row < 16 or F * K > 2 ** 16
+    geo, x, dy = _planes(geo, math.inf, x, dy)
+    F, K, merge, unit = F // G, C * math.prod(kernel), geo.out[-1] < 16, math.prod(kernel) == 1
 
     def add(blocks):
         dw = xp.zeros((G, K, F), dy.dtype)
         for block in blocks:
-            columns = _columns(x, geo, block, merge)
-            part = xp.ascontiguousarray(_points(dy[_at(block)], G))
-            part = columns @ part.reshape(*columns.shape[:-2], columns.shape[-1], F)
-            dw += part.sum(axis=tuple(range(1, part.ndim - 2)))
+            columns = _columns(x, geo, block, "points" if merge else "images")
+            part = _points(dy[_at(block)], G)
+            if not unit:        # products are twice as fast for a copy that has the filters last
+                part = xp.ascontiguousarray(part)
+            *outer, KH, taps, points = columns.shape
+            run = points
+            if not unit or part.strides[-1] == part.itemsize:
+                run = next(n for n in range(min(points, 512), 0, -1) if points % n == 0)
+            columns = columns.reshape(*outer, KH, taps, points // run, run).swapaxes(-2, -3)
+            part = columns @ part.reshape(*outer, 1, points // run, run, F)
+            dw += part.sum(axis=(*range(1, len(outer)), -3)).reshape(G, K, F)
         return dw
     blocks = _blocks(len(x), geo.out, max(K * G if merge else K * G // geo.kernel[-2], F * G,
-                                           0 if merge else K * F * G // row),
-                     math.inf if merge else 128)
+                                          K * F * G // min(512, math.prod(geo.out[-2:]))),
+                     math.inf)
     # eight sums, whatever the number of cores, so that the rounding does not depend on it
     dw = sum(_spread(xp, add, [blocks[i::8] for i in range(min(8, len(blocks)))]),
              xp.zeros((G, K, F), dy.dtype))
