@@ -680,7 +680,8 @@ def _planes(geo, most, *arrays):
     """The geometry and arrays (N, C, *size) with at least two spatial axes. Under a kernel of 1
     all pixels are alike and are refolded into rows of at most so many."""
     pixels, rank = math.prod(geo.out), len(geo.out)
-    if math.prod(geo.kernel + geo.stride) == 1 and not any(map(any, geo.pads)) and pixels:
+    if (math.prod(geo.kernel + geo.stride) == 1 and not any(map(any, geo.pads)) and pixels
+            and all(a.shape[2:] == geo.out for a in arrays)):
         row = next(n for n in range(min(most, pixels), 0, -1) if pixels % n == 0)
         out = (pixels // row, row) if row >= 16 else (1, pixels)
         geo = geo._replace(kernel=(1, 1), stride=(1, 1), dilation=(1, 1), pads=((0, 0),) * 2,
@@ -744,7 +745,8 @@ def _columns(x, geo, block, layout):
 def _weight_matrix(w, geo):
     """(F, C/G, *kernel) as (G, F/G, taps), the taps in the order of _columns."""
     order = (0, w.ndim - 2, *range(2, w.ndim - 2), 1, w.ndim - 1)
-    return w.transpose(order).reshape(geo.groups, w.shape[0] // geo.groups, w[0].size)
+    return w.transpose(order).reshape(geo.groups, w.shape[0] // geo.groups,
+                                      math.prod(w.shape[1:]))
 
 
 def _points(y, groups):
@@ -767,7 +769,7 @@ def _product(w, columns, y):
     elif y.strides[-1] == y.itemsize:
         xp.matmul(columns.swapaxes(-1, -2), xp.ascontiguousarray(w.swapaxes(-1, -2)), out=y)
     else:
-        part = F if F * K * columns.shape[-1] < 10 ** 6 else math.gcd(F, 16)
+        part = max(1, F if F * K * columns.shape[-1] < 10 ** 6 else math.gcd(F, 16))
         y = y.swapaxes(-1, -2)
         xp.matmul(w.reshape(*w.shape[:-2], F // part, part, K), columns[..., None, :, :],
                   out=y.reshape(*y.shape[:-2], F // part, part, y.shape[-1]))
@@ -775,7 +777,7 @@ def _product(w, columns, y):
 
 def _correlate(x, w, geo, base=None, last=False):
     """y = w @ columns + base, where base (F, *out) or (F, 1, ...) holds bias and coordinates."""
-    xp, F, G, K = _xp(x), len(w), geo.groups, w[0].size
+    xp, F, G, K = _xp(x), len(w), geo.groups, math.prod(w.shape[1:])
     result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
     base = None if base is None else xp.broadcast_to(base, (F, *geo.out))
     geo, x, y = _planes(geo, 128, x, result)
@@ -847,19 +849,15 @@ def _correlate_dw(dy, x, geo, shape):
     """dw[f, c, k] = sum_{n, o} dy[n, f, o] * x[n, c, o*stride + k*dilation - before]."""
     xp, (F, C, *kernel), G = _xp(dy), shape, geo.groups
     geo, x, dy = _planes(geo, math.inf, x, dy)
-    F, K, merge, unit = F // G, C * math.prod(kernel), geo.out[-1] < 16, math.prod(kernel) == 1
+    F, K, merge = F // G, C * math.prod(kernel), geo.out[-1] < 16
 
     def add(blocks):
         dw = xp.zeros((G, K, F), dy.dtype)
         for block in blocks:
             columns = _columns(x, geo, block, "points" if merge else "images")
             part = _points(dy[_at(block)], G)
-            if not unit:        # products are twice as fast for a copy that has the filters last
-                part = xp.ascontiguousarray(part)
             *outer, KH, taps, points = columns.shape
-            run = points
-            if not unit or part.strides[-1] == part.itemsize:
-                run = next(n for n in range(min(points, 512), 0, -1) if points % n == 0)
+            run = next(n for n in range(min(points, 512), 0, -1) if points % n == 0)
             columns = columns.reshape(*outer, KH, taps, points // run, run).swapaxes(-2, -3)
             part = columns @ part.reshape(*outer, 1, points // run, run, F)
             dw += part.sum(axis=(*range(1, len(outer)), -3)).reshape(G, K, F)
