@@ -857,7 +857,9 @@ def _correlate_dw(dy, x, geo, shape):
             columns = _columns(x, geo, block, "points" if merge else "images")
             part = _points(dy[_at(block)], G)
             *outer, KH, taps, points = columns.shape
-            run = next(n for n in range(min(points, 512), 0, -1) if points % n == 0)
+            most = 10 ** 6 // max(1, taps * F)
+            run = next(n for n in range(min(points, most if 128 <= most < 512 else 512), 0, -1)
+                       if points % n == 0)
             columns = columns.reshape(*outer, KH, taps, points // run, run).swapaxes(-2, -3)
             part = columns @ part.reshape(*outer, 1, points // run, run, F)
             dw += part.sum(axis=(*range(1, len(outer)), -3)).reshape(G, K, F)
