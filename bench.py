@@ -3,6 +3,7 @@
 
     python bench.py             every row, under two minutes on two cores
     python bench.py --quick     shorter trainings and one seed, under 20 seconds
+    python bench.py ops         the speed of convolution by shape and by size, against peers
 
 Each row runs one claim of the paper (Liu et al. 2018, arXiv 1807.03247), of its critic
 (Piekniewski 2018) or of this project, and says what was measured here and whether the claim holds
@@ -12,6 +13,8 @@ terminal.
 """
 
 import argparse
+import json
+import math
 import os
 import platform
 import sys
@@ -221,55 +224,232 @@ def peers():
         return None
 
 
-def paired(ours, theirs, repeats):
-    """Median seconds of both, A B A B, and the median of the ratios pair by pair."""
-    ours(), theirs()
-    pairs = [(timed(ours)[1], timed(theirs)[1]) for _ in range(repeats)]
-    a, b = np.median(pairs, axis=0)
-    return a, b, np.median([x / y for x, y in pairs])
+def interleaved(programs, repeats):
+    """Seconds of each program, A B A B, as (repeats, programs). Each timed call follows an untimed
+    one of its own, so that no program starts while the idle threads of another still spin."""
+    seconds = np.empty((repeats, len(programs)))
+    for row in seconds:
+        for i, program in enumerate(programs):
+            program()
+            row[i] = timed(program)[1]
+    return seconds
 
 
-SHAPES = [  # name, x, w, options
-    ("1x1, 64 to 64", (16, 64, 64, 64), (64, 64, 1, 1), {}),
-    ("3x3, 64 to 64", (8, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
-    ("3x3, 3 to 64", (16, 3, 64, 64), (64, 3, 3, 3), {"padding": 1}),
-    ("5x5, 32 to 32", (8, 32, 32, 32), (32, 32, 5, 5), {"padding": 2}),
-    ("3x3 stride 2, 64 to 128", (8, 64, 56, 56), (128, 64, 3, 3), {"padding": 1, "stride": 2}),
+class Shape(NamedTuple):
+    name: str
+    x: tuple
+    w: tuple
+    options: dict = {}
+    op: str = "conv"
+
+
+SHAPES = [
+    Shape("1x1, 64 to 64", (16, 64, 64, 64), (64, 64, 1, 1)),
+    Shape("1x1, 4 to 32", (16, 4, 64, 64), (32, 4, 1, 1)),
+    Shape("1x1, 256 to 128", (8, 256, 28, 28), (128, 256, 1, 1)),
+    Shape("3x3, 64 to 64", (8, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
+    Shape("3x3, 16 to 16", (16, 16, 64, 64), (16, 16, 3, 3), {"padding": 1}),
+    Shape("3x3, 3 to 64", (16, 3, 64, 64), (64, 3, 3, 3), {"padding": 1}),
+    Shape("5x5, 32 to 32", (16, 32, 32, 32), (32, 32, 5, 5), {"padding": 2}),
+    Shape("7x7 stride 2, 3 to 64", (2, 3, 224, 224), (64, 3, 7, 7), {"padding": 3, "stride": 2}),
+    Shape("3x3 stride 2, 64 to 128", (8, 64, 56, 56), (128, 64, 3, 3),
+          {"padding": 1, "stride": 2}),
+    Shape("3x3 dilation 2, 64 to 64", (8, 64, 56, 56), (64, 64, 3, 3),
+          {"padding": 2, "dilation": 2}),
+    Shape("3x3 depthwise, 64", (8, 64, 56, 56), (64, 1, 3, 3), {"padding": 1, "groups": 64}),
+    Shape("4x4 transposed, stride 2", (8, 64, 32, 32), (64, 32, 4, 4),
+          {"padding": 1, "stride": 2}, "conv_transpose"),
+    Shape("5 in 1-D, 64 to 64", (16, 64, 4096), (64, 64, 5), {"padding": 2}),
+    Shape("3x3x3 in 3-D, 16 to 16", (2, 16, 24, 24, 24), (16, 16, 3, 3, 3), {"padding": 1}),
 ]
 
 
-def speed_lines(config):
-    """A first table of speeds: each line pairs two programs that do the same, in turn."""
+def by_definition(dy, x, w, stride=1, padding=0, dilation=1, groups=1):
+    """y, dx and dw of a convolution in float64, one kernel tap at a time."""
+    dy, x, w = (a.astype(np.float64) for a in (dy, x, w))
+    N, G, out, rank = len(x), groups, dy.shape[2:], x.ndim - 2
+    x = np.pad(x, ((0, 0),) * 2 + ((padding, padding),) * rank)
+    dx, dw, y = np.zeros_like(x), np.zeros_like(w), np.zeros((N, G, len(w) // G, math.prod(out)))
+    dy = dy.reshape(y.shape)
+    for tap in np.ndindex(*w.shape[2:]):
+        seen = (slice(None),) * 2 + tuple(slice(k * dilation, k * dilation + (n - 1) * stride + 1,
+                                                stride) for k, n in zip(tap, out))
+        pixels = x[seen].reshape(N, G, -1, y.shape[3])
+        at = (slice(None),) * 2 + tap
+        weights = w[at].reshape(G, len(w) // G, -1)
+        y += weights @ pixels
+        dx[seen] += (weights.swapaxes(1, 2) @ dy).reshape(x[seen].shape)
+        dw[at] = (dy @ pixels.swapaxes(2, 3)).sum(axis=0).reshape(w[at].shape)
+    inside = (slice(None),) * 2 + (slice(padding, -padding or None),) * rank
+    return y.reshape(N, len(w), *out), dx[inside], dw
+
+
+def largest_error(got, wanted):
+    """The largest error over the largest value, the worst of some arrays."""
+    return max(abs(a - b).max() / abs(b).max() for a, b in zip(got, wanted))
+
+
+def scipy_seconds(x, w, options):
+    """One image under one filter by scipy.signal.correlate, times images and filters."""
+    p = options.get("padding", 0)
+    image = np.pad(x[0], ((0, 0),) + ((p, p),) * (x.ndim - 2))
+    return timed(lambda: scipy.signal.correlate(image, w[0], "valid"))[1] * len(x) * len(w)
+
+
+def measure(shape, repeats, coords=False):
+    """Forward and backward of one shape, float32, as two records; coords makes it a CoordConv."""
     rng, torch = np.random.default_rng(0), peers()
-    normal = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    for name, x, w, options in SHAPES[:None if not config.quick else 1]:
-        say(f"speed, {name}")
-        x, w, b = normal(x), normal(w), normal(w[0])
-        dy = normal(cr.conv(x, w, b, **options).shape)
-        work = 6 * w[0].size * dy.size
+    options, rank = shape.options, len(shape.x) - 2
+    transposed = shape.op == "conv_transpose"
+    w_shape = (shape.w[0], shape.w[1] + coords * rank, *shape.w[2:])
+    x, w = (rng.standard_normal(s).astype(np.float32) for s in (shape.x, w_shape))
+    b = rng.standard_normal(w_shape[transposed]).astype(np.float32)
+    op = "coord_conv" if coords else shape.op
+    forward, backward = getattr(cr, op), getattr(cr, op + "_backward")
+    y = forward(x, w, b, **options)
+    dy = rng.standard_normal(y.shape).astype(np.float32)
+    dx, dw, _ = backward(dy, x, w, b, **options)
 
-        def ours():
-            cr.conv(x, w, b, **options)
-            cr.conv_backward(dy, x, w, b, **options)
-        if torch is None:
-            ours()
-            seconds = np.median([timed(ours)[1] for _ in range(config.repeats)])
-            yield f"{name:32} {work / seconds / 1e9:8.0f} GFLOP/s"
-            continue
+    seen = cr.add_coords(x) if coords else x
+    if transposed:                      # the gradient by x of a convolution, run forward
+        exact = by_definition(x, dy, w, **options)
+        error = [largest_error([y - b.reshape(-1, *(1,) * rank)],
+                               [by_definition(x, y, w, **options)[1]]),
+                 largest_error([dx, dw], [exact[0], exact[2]])]
+    else:
+        exact = by_definition(dy, seen, w, **options)
+        error = [largest_error([y - b.reshape(-1, *(1,) * rank)], exact[:1]),
+                 largest_error([dx, dw], [exact[1][:, :x.shape[1]], exact[2]])]
+
+    programs = [[lambda: forward(x, w, b, **options)],
+                [lambda: backward(dy, x, w, b, **options)]]
+    peer = ["coordref"]
+    if coords:                          # the same convolution without its coordinates
+        plain = np.ascontiguousarray(w[:, :x.shape[1]])
+        peer.append("conv")
+        programs[0].append(lambda: cr.conv(x, plain, b, **options))
+        programs[1].append(lambda: cr.conv_backward(dy, x, plain, b, **options))
+    if torch:
+        peer.append("torch")
         tensors = [torch.tensor(a, requires_grad=True) for a in (x, w, b)]
-        upstream = torch.tensor(dy)
+        upstream, grid = torch.tensor(dy), torch.tensor(seen[:, x.shape[1]:])
+        function = getattr(torch.nn.functional, f"{shape.op}{rank}d")
 
-        def theirs():
-            torch.nn.functional.conv2d(*tensors, **options).backward(upstream)
-        a, c, ratio = paired(ours, theirs, config.repeats)
-        yield (f"{name:32} {work / a / 1e9:8.0f} GFLOP/s, torch {work / c / 1e9:8.0f}; "
-               f"time / torch {ratio:.2f}")
+        def run():
+            image = torch.cat([tensors[0], grid], dim=1) if coords else tensors[0]
+            return function(image, *tensors[1:], **options)
+        output = run()
+        programs[0].append(run)
+        programs[1].append(lambda: torch.autograd.grad(output, tensors, upstream,
+                                                       retain_graph=True))
+    macs = w[0].size * (x.size // x.shape[1] * x.shape[1] if transposed else dy.size)
+    for i, name in enumerate(("forward", "backward")):
+        seconds = interleaved(programs[i], repeats)
+        record = {"shape": shape.name + (" CoordConv" if coords else ""), "pass": name,
+                  "seconds": seconds[:, 0].tolist(), "flops": 2 * (1 + i) * macs,
+                  "error": float(error[i])}
+        for j in range(1, len(peer)):
+            record["over_" + peer[j]] = float(np.median(seconds[:, 0] / seconds[:, j]))
+        if not i and not coords and set(options) <= {"padding"}:
+            record["over_scipy"] = float(np.median(seconds[:, 0]) / scipy_seconds(x, w, options))
+        yield record
+
+
+def matmul_peak():
+    """GFLOP/s of the best of ten products of 2048 x 2048 float32 matrices."""
+    a = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
+    return 2 * 2048 ** 3 / min(timed(lambda: a @ a)[1] for _ in range(10)) / 1e9
+
+
+def line(record, peak):
+    seconds = np.median(record["seconds"])
+    rate = record["flops"] / seconds / 1e9
+    ratios = "".join(f"{record[key]:9.2g}" if key in record else f"{'-':>9}"
+                     for key in ("over_torch", "over_conv", "over_scipy"))
+    return (f"{record['shape']:36} {record['pass']:8} {1e3 * seconds:8.2f} {rate:8.0f} "
+            f"{rate / peak:7.2f} {record['error']:9.1e}{ratios}")
+
+
+HEADER = (f"{'float32':36} {'pass':8} {'ms':>8} {'GFLOP/s':>8} {'of peak':>7} {'max error':>9}"
+          f"{'/torch':>9}{'/conv':>9}{'/SciPy':>9}")
+
+SWEEPS = [
+    ("image side", (16, 32, 64, 128, 256, 512), lambda n: ((2, 16, n, n), (16, 16, 3, 3))),
+    ("batch", (1, 4, 16, 64, 256), lambda n: ((n, 16, 32, 32), (16, 16, 3, 3))),
+    ("channels", (1, 8, 32, 128, 512), lambda n: ((4, n, 28, 28), (n, n, 3, 3))),
+]
+
+
+def sweep_records(repeats):
+    """Time per multiply-add against size, forward and backward together."""
+    for name, values, shapes in SWEEPS:
+        for n in values:
+            say(f"{name} {n}")
+            rng = np.random.default_rng(0)
+            x, w = (rng.standard_normal(s).astype(np.float32) for s in shapes(n))
+            dy = rng.standard_normal((len(x), len(w), *x.shape[2:])).astype(np.float32)
+
+            def run():
+                cr.conv(x, w, padding=1)
+                cr.conv_backward(dy, x, w, padding=1)
+            seconds = interleaved([run], repeats)[:, 0]
+            yield {"sweep": name, "size": n, "seconds": seconds.tolist(),
+                   "picoseconds_per_mac": 1e12 * float(np.median(seconds)) / (3 * w[0].size
+                                                                              * dy.size)}
+
+
+def geometric_mean(values):
+    return math.exp(np.mean(np.log(values)))
+
+
+def ops(config):
+    """Every shape as convolution and as CoordConv, then cost against size."""
+    peak, records = matmul_peak(), []
+    print(f"\nmatrix product peak {peak:.0f} GFLOP/s; time over torch, over our own convolution "
+          "without coordinates, over SciPy\n\n" + HEADER, flush=True)
+    for shape in SHAPES:
+        for coords in (False, True):
+            if coords and (shape.op != "conv" or "groups" in shape.options):
+                continue
+            say(f"{shape.name}{' CoordConv' if coords else ''}")
+            for record in measure(shape, config.repeats, coords):
+                say("")
+                print(line(record, peak), flush=True)
+                records.append(record)
+    print("\ngeometric means over forward and backward:")
+    for key, text in (("over_torch", "time over torch"), ("over_conv", "CoordConv over conv")):
+        ratios = [r[key] for r in records if key in r]
+        if ratios:
+            print(f"    {text:22} {geometric_mean(ratios):.2f}, worst {max(ratios):.2f}")
+    sweeps = list(sweep_records(config.repeats))
+    say("")
+    print("\npicoseconds per multiply-add, forward and backward, 3x3 kernels")
+    for name, _, _ in SWEEPS:
+        found = [r for r in sweeps if r["sweep"] == name]
+        best = min(r["picoseconds_per_mac"] for r in found)
+        print(f"    {name:12}" + "".join(
+            f"{r['size']:6}: {r['picoseconds_per_mac']:5.1f}" for r in found)
+            + f"   last / best {found[-1]['picoseconds_per_mac'] / best:.2f}", flush=True)
+    return {"peak_gflops": peak, "ops": records, "sweeps": sweeps}
+
+
+def speed_lines(config):
+    """A few shapes of the whole table that ops prints, and the decoder."""
+    peak = matmul_peak()
+    yield HEADER
+    for shape in SHAPES[:1] if config.quick else SHAPES[:1] + SHAPES[3:7]:
+        say(f"speed, {shape.name}")
+        for record in measure(shape, config.repeats):
+            yield line(record, peak)
     say("speed, decode")
-    images = cr.encode(rng.integers(0, 64, (512, 2)), (64, 64))
-    a, b, ratio = paired(lambda: cr.decode(images),
-                         lambda: [listing(image[0]) for image in images[:64]], config.repeats)
-    yield (f"{'decode 64x64':32} {1e6 * a / 512:8.2f} us an image, the critic's listing by scipy "
-           f"{1e6 * b / 64:.0f}; {8 / ratio:.0f} times as fast")
+    images = cr.encode(np.random.default_rng(0).integers(0, 64, (4096, 2)), (64, 64))
+    seconds = interleaved([lambda: cr.decode(images), images.sum,
+                           lambda: [listing(image[0]) for image in images[:64]]], config.repeats)
+    ours, total, scipys = np.median(seconds, axis=0)
+    yield (f"decode, 64x64: {1e6 * ours / 4096:.2f} us an image, "
+           f"{64 * np.median(seconds[:, 2] / seconds[:, 0]):.0f} times as fast as the critic's "
+           f"listing by scipy ({1e6 * scipys / 64:.0f} us), at "
+           f"{np.median(seconds[:, 1] / seconds[:, 0]):.2f} of the rate of a sum of the array")
 
 
 # THE TABLE ---------------------------------------------------------------------------------------
@@ -293,7 +473,10 @@ def environment():
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("dispute", "ops"), default="dispute",
+                        help="the table of verdicts, or the speed of convolution")
     parser.add_argument("--quick", action="store_true", help="one seed and short trainings")
+    parser.add_argument("--json", metavar="FILE", help="also write what ops measures to a file")
     config = parser.parse_args(arguments)
     for name, quick, full in (
             ("seeds", [0], [0, 1, 2]), ("he_steps", 10, 60), ("patience", 0.3, 10),
@@ -303,6 +486,14 @@ def main(arguments=None):
 
     start = time.perf_counter()
     print(environment(), flush=True)
+    if config.what == "ops":
+        found = {"environment": environment(), **ops(config)}
+        if config.json:
+            with open(config.json, "w") as file:
+                json.dump(found, file, indent=1)
+        return 0
+    if config.json:
+        parser.error("--json goes with ops")
     if config.quick:
         print("shortened trainings: of the verdicts, only those of rows by coordref count")
     failed = 0
@@ -312,7 +503,7 @@ def main(arguments=None):
             say("")
             failed += row.check and row.verdict != "holds"
             print(f"| {row.claim} | {row.source} | {row.measured} | {row.verdict} |", flush=True)
-    print("\nforward and backward, float32, medians of alternating runs")
+    print("\nmedians of alternating runs; time over torch, over SciPy")
     for line in speed_lines(config):
         say("")
         print(line, flush=True)
