@@ -1042,31 +1042,50 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
 
 
 def _coord_geometry(fn, x, w, b, size, radius, scale, stride, padding, dilation):
-    """Check the arguments of coord_conv; the geometry and the coordinates as a batch of one."""
-    xp = _arrays(fn, optional=("b",), x=x, w=w, b=b)
+    """Check the arguments of coord_conv; the geometry and the size of the image."""
+    _arrays(fn, optional=("b",), x=x, w=w, b=b)
     _spatial(fn, x)
     if size is not None:
         size = _size(fn, size)
         _spatial(fn, x, len(size))
         _same_shape(fn, "x", x, (*x.shape[:2], *(1,) * len(size)),
                     "single pixels, which size tiles")
-    coords = coord_channels(x.shape[2:] if size is None else size, radius=radius, scale=scale,
-                            dtype=x.dtype, xp=xp)[None]
-    return _conv_geometry(fn, x, w, b, stride, padding, dilation, 1, coords.shape[1], size), coords
+    _one_of(fn, "scale", scale, ("unit", "pixel"))
+    K = x.ndim - 2 + _flag(fn, "radius", radius)
+    return (_conv_geometry(fn, x, w, b, stride, padding, dilation, 1, K, size),
+            x.shape[2:] if size is None else size)
 
 
-def _tile(grid, w, geo):
+# The coordinate along axis a is c(i_a) times 1 on every other axis, inside the image, so that its
+# convolution is one small matrix product per axis: contract the kernel's axis b with the matrix
+# that holds at [o, k] what tap k of output o reads, the coordinate for b = a and else a 1.
+
+def _reads(geo, size, scale, dtype, xp):
+    """For each axis the matrices (out, kernel) of the coordinate and of the 1 that a tap reads."""
+    pairs = []
+    for n, m, K, s, d, (before, _) in zip(size, geo.out, geo.kernel, geo.stride, geo.dilation,
+                                          geo.pads):
+        i = xp.arange(m)[:, None] * s + xp.arange(K) * d - before
+        inside = ((i >= 0) & (i < n)).astype(dtype)
+        c = axis_coords(n, scale=scale, dtype=dtype, xp=xp)[xp.clip(i, 0, n - 1)]
+        pairs.append((c * inside, inside))
+    return pairs
+
+
+def _contract(t, matrices, side):
+    """t (..., *kernel) to (..., *out) for side 1, and back for side 0: an axis per matrix."""
+    for matrix in matrices:
+        t = _xp(t).tensordot(t, matrix, axes=((t.ndim - len(matrices),), (side,)))
+    return t
+
+
+def _tile(geo, reads):
     """A tiled image is x[n, c] times an image of ones, so its share of the output is
     sum_c x[n, c] * reach[f, c], where reach[f, c] is the image of ones under the kernel w[f, c]:
-    nothing is tiled. Under a kernel of 1 all pixels are alike, and one stands for all of them.
-    Returns the ones, the geometry that takes them to reach, and reach."""
-    F, C = w.shape[:2]
-    if math.prod(geo.kernel) == 1 and not any(map(any, geo.pads)):
-        grid = (1,) * len(grid)
-        geo = geo._replace(out=grid)
-    ones = _xp(w).ones((1, 1, *grid), w.dtype)
-    reach = _correlate(ones, w.reshape(F * C, 1, *geo.kernel), geo)
-    return ones, geo, reach.reshape(F, C, *geo.out)
+    nothing is tiled. Returns the matrices that take w to reach. Under a kernel of 1 all pixels
+    are alike, and one stands for all of them."""
+    alike = math.prod(geo.kernel) == 1 and not any(map(any, geo.pads))
+    return alike, [ones[:1] if alike else ones for _, ones in reads]
 
 
 def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1, padding=0,
@@ -1106,18 +1125,25 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     >>> coord_conv(x, w).tolist()
     [[[-3.0, 7.0, 19.0]]]
     """
-    geo, coords = _coord_geometry("coord_conv", x, w, b, size, radius, scale, stride, padding,
-                                  dilation)
-    x_, w_, b_, coords = _wide(x, w, b, coords)
-    C, last = x.shape[1], size is not None or _channels_last(x)
-    base = _correlate(coords, w_[:, C:], geo, _column(b_, len(geo.out)), last)[0]
+    geo, grid = _coord_geometry("coord_conv", x, w, b, size, radius, scale, stride, padding,
+                                dilation)
+    x_, w_, b_ = _wide(x, w, b)
+    xp, C, rank = _xp(x), x.shape[1], len(grid)
+    reads = _reads(geo, grid, scale, x_.dtype, xp)
+    base = 0 if b is None else _column(b_, rank)
+    for a in range(rank):
+        base = base + _contract(w_[:, C + a], [pair[a != j] for j, pair in enumerate(reads)], 1)
+    if radius:
+        r = coord_channels(grid, radius=True, scale=scale, dtype=x_.dtype, xp=xp)[None, rank:]
+        base += _correlate(r, w_[:, C + rank:], geo)[0]
     if size is None:
-        y = _correlate(x_, w_[:, :C], geo, base, last)
+        y = _correlate(x_, w_[:, :C], geo, base, _channels_last(x))
     else:
         # channels last: matrix products with one pixel per row run at full speed for every size,
         # those with one pixel per column at two thirds of it for 64 x 64 pixels (2026-11-24)
-        xp, reach = _xp(x), _tile(coords.shape[2:], w_[:, :C], geo)[2]
-        y = _empty(xp, (x.shape[0], w.shape[0], *geo.out), x_.dtype, last)
+        reach = _contract(w_[:, :C], _tile(geo, reads)[1], 1)
+        y = _empty(xp, (x.shape[0], w.shape[0], *geo.out), x_.dtype, True)
+        base = xp.moveaxis(xp.ascontiguousarray(xp.moveaxis(base, 0, -1)), -1, 0)
         xp.add(xp.tensordot(x_.reshape(x.shape[:2]), reach, axes=((1,), (1,))), base, out=y)
     return _narrow(x.dtype, y)[0]
 
@@ -1144,30 +1170,33 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
         As coord_conv, and if dy has not the shape of its output.
     """
     fn = "coord_conv_backward"
-    geo, coords = _coord_geometry(fn, x, w, b, size, radius, scale, stride, padding, dilation)
+    geo, grid = _coord_geometry(fn, x, w, b, size, radius, scale, stride, padding, dilation)
     xp = _arrays(fn, dy=dy, x=x)
-    (N, C, *_), F = x.shape, w.shape[0]
+    (N, C, *_), F, rank = x.shape, w.shape[0], len(grid)
     _same_shape(fn, "dy", dy, (N, F, *geo.out), "the output")
     _flag(fn, "need_dx", need_dx)
-    dy, x_, w_, coords = _wide(dy, x, w, coords)
-    dw = xp.empty(w.shape, dy.dtype)
-    dw[:, C:] = _correlate_dw(dy.sum(axis=0, keepdims=True), coords, geo, dw[:, C:].shape)
+    dy, x_, w_ = _wide(dy, x, w)
+    reads, total = _reads(geo, grid, scale, dy.dtype, xp), xp.ascontiguousarray(dy.sum(axis=0))
+    dx, dw = None, xp.empty(w.shape, dy.dtype)
+    for a in range(rank):
+        dw[:, C + a] = _contract(total, [pair[a != j] for j, pair in enumerate(reads)], 0)
+    if radius:
+        r = coord_channels(grid, radius=True, scale=scale, dtype=dy.dtype, xp=xp)[None, rank:]
+        dw[:, C + rank:] = _correlate_dw(total[None], r, geo, (F, 1, *geo.kernel))
     if size is None:
-        dw[:, :C] = _correlate_dw(dy, x_, geo, dw[:, :C].shape)
-        dx = _correlate_dx(dy, w_[:, :C], geo, x.shape[2:],
-                           last=_channels_last(x)) if need_dx else None
-    else:
-        ones, tile_geo, reach = _tile(coords.shape[2:], w_[:, :C], geo)
-        axes = tuple(range(2, x.ndim))
-        seen = dy if tile_geo is geo else dy.sum(axis=axes, keepdims=True)
-        per_kernel = xp.tensordot(seen, x_.reshape(N, C), axes=((0,), (0,)))      # (F, *out, C)
-        per_kernel = xp.moveaxis(per_kernel, -1, 1).reshape(1, F * C, *tile_geo.out)
-        dw[:, :C] = _correlate_dw(per_kernel, ones, tile_geo, (F * C, 1, *geo.kernel)).reshape(
-            F, C, *geo.kernel)
-        dx = None
+        dw[:, :C] = _correlate_dw(dy, x_, geo, (F, C, *geo.kernel))
         if need_dx:
+            dx = _correlate_dx(dy, w_[:, :C], geo, grid, last=_channels_last(x))
+    else:
+        (alike, ones), axes = _tile(geo, reads), tuple(range(2, x.ndim))
+        seen = dy.sum(axis=axes, keepdims=True) if alike else dy
+        per_pixel = xp.tensordot(seen, x_.reshape(N, C), axes=((0,), (0,)))      # (F, *out, C)
+        dw[:, :C] = _contract(xp.moveaxis(per_pixel, -1, 1), ones, 0)
+        if need_dx:
+            reach = _contract(w_[:, :C], ones, 1)
             dx = xp.tensordot(seen, reach, axes=((1, *axes), (0, *axes))).reshape(x.shape)
-    return _narrow(x.dtype, dx, dw, None if b is None else _sum_by_filter(dy))
+    db = None if b is None else _sum_by_filter(total[None])
+    return _narrow(x.dtype, dx, dw, db)
 
 
 # 4 THE OTHER PIECES ------------------------------------------------------------------------------
