@@ -830,18 +830,24 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
             found.append((slice(p, None, s), taps, d // g,
                           (lead, out + (len(taps) - 1) * d // g - m - lead), out))
         phases.append(found)
-    if max(geo.stride) > 1:
-        dx = _empty(xp, (len(dy), C, *size), dy.dtype, last)
-    for phase in itertools.product(*phases):
+
+    def run(phase):
         places, taps, dilation, pads, out = zip(*phase)
         part = 0 if base is None else base[(slice(None), *places)]
         if all(taps):
             part = _correlate(dy, w[(slice(None), slice(None), *np.ix_(*taps))], geo._replace(
                 kernel=tuple(map(len, taps)), stride=(1,) * rank, dilation=dilation, pads=pads,
                 out=out), None if base is None else part, last)
-        if max(geo.stride) == 1:
-            return part
+        return places, part
+
+    def fill(phase):
+        places, part = run(phase)
         dx[(slice(None), slice(None), *places)] = part
+    phases = list(itertools.product(*phases))
+    if max(geo.stride) == 1:
+        return run(phases[0])[1]
+    dx = _empty(xp, (len(dy), C, *size), dy.dtype, last)
+    _spread(xp, fill, phases)
     return dx
 
 
