@@ -445,7 +445,7 @@ def speed_lines(config):
     images = cr.encode(np.random.default_rng(0).integers(0, 64, (4096, 2)), (64, 64))
     seconds = interleaved([lambda: cr.decode(images), images.sum,
                            lambda: [listing(image[0]) for image in images[:64]]], config.repeats)
-    ours, total, scipys = np.median(seconds, axis=0)
+    ours, _, scipys = np.median(seconds, axis=0)
     yield (f"decode, 64x64: {1e6 * ours / 4096:.2f} us an image, "
            f"{64 * np.median(seconds[:, 2] / seconds[:, 0]):.0f} times as fast as the critic's "
            f"listing by scipy ({1e6 * scipys / 64:.0f} us), at "

@@ -453,8 +453,8 @@ def _spatial(fn, x, rank=None, name="x"):
 # The formula is linear in x and in w, so three private functions serve all that is public here:
 # _correlate is the formula, _correlate_dx its transpose by x, _correlate_dw its transpose by w.
 # A transposed convolution is _correlate_dx run forward; its gradients are the other two.
-# Each is one matrix product per block of columns, the matrix that holds at [(c, k), (n, o)] the
-# pixel that tap k of output o reads: w @ columns, w.T @ dy and dy @ columns.T.
+# Each is a batch of products with columns, matrices that hold at [(c, k), o] the pixel that tap k
+# of output o reads: w @ columns, the same with the mirrored kernel, and columns @ dy.T.
 
 class _Geometry(NamedTuple):
     """What a convolution does to the spatial axes; one entry of each tuple per axis."""
@@ -599,8 +599,8 @@ _one_team = threading.Lock()
 def _spread(xp, task, items):
     """[task(item) for item in items], on all cores: one thread per core, one BLAS thread in each.
 
-    Items do not depend on the number of threads and results keep their order, so that sums are
-    the same on one core. OMP_NUM_THREADS sets another number. A task that comes here in its turn,
+    The calling thread is one of them. Items do not depend on the number of threads and results
+    keep their order, so that sums are the same on one core. OMP_NUM_THREADS sets the number. A task that comes here in its turn,
     or another thread of the program, finds the team at work and goes on alone; its products may
     then differ in the last bit, as a product by one BLAS thread does from one by several.
     """
@@ -631,6 +631,7 @@ def _spread(xp, task, items):
 
 
 _BLOCK = 2 ** 21        # most elements of columns in a block: 8 MiB of float32
+_SHORT = 16             # rows of fewer pixels make products that are too small
 
 
 def _blocks(N, out, per_point, row=128):
@@ -676,14 +677,20 @@ def _empty(xp, shape, dtype, last):
     return xp.empty(shape, dtype)
 
 
+def _divisor(n, most):
+    """The largest divisor of n up to most, or n itself where that is _SHORT."""
+    found = next((i for i in range(min(most, n), 0, -1) if n % i == 0), n)
+    return found if found >= _SHORT else n
+
+
 def _planes(geo, most, *arrays):
     """The geometry and arrays (N, C, *size) with at least two spatial axes. Under a kernel of 1
     all pixels are alike and are refolded into rows of at most so many."""
     pixels, rank = math.prod(geo.out), len(geo.out)
     if (math.prod(geo.kernel + geo.stride) == 1 and not any(map(any, geo.pads)) and pixels
             and all(a.shape[2:] == geo.out for a in arrays)):
-        row = next(n for n in range(min(most, pixels), 0, -1) if pixels % n == 0)
-        out = (pixels // row, row) if row >= 16 else (1, pixels)
+        row = _divisor(pixels, most)
+        out = (pixels // row, row)
         geo = geo._replace(kernel=(1, 1), stride=(1, 1), dilation=(1, 1), pads=((0, 0),) * 2,
                            out=out)
         return geo, *(a.reshape(*a.shape[:2], *out) for a in arrays)
@@ -783,7 +790,7 @@ def _correlate(x, w, geo, base=None, last=False):
     geo, x, y = _planes(geo, 128, x, result)
     base = None if base is None else base.reshape(F, *geo.out)
     w = _weight_matrix(w.reshape(*w.shape[:2], *geo.kernel), geo)
-    merge = geo.out[-1] < 16
+    merge = geo.out[-1] < _SHORT
 
     def fill(block):
         target = y[_at(block)]
@@ -819,23 +826,23 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
     F, C = w.shape[0], w.shape[1] * G
     w = w.reshape(G, F // G, C // G, *geo.kernel).swapaxes(1, 2).reshape(C, F // G, *geo.kernel)
     base = None if base is None else xp.broadcast_to(base, (C, *size))
-    phases = []
+    phases, steps = [], [s // math.gcd(s, d) for s, d in zip(geo.stride, geo.dilation)]
     for n, m, K, s, d, (before, _) in zip(size, geo.out, geo.kernel, geo.stride, geo.dilation,
                                           geo.pads):
         g, found = math.gcd(s, d), []
         for p in range(min(s, n)):
             taps = [k for k in reversed(range(K)) if (p + before - k * d) % s == 0]
-            lead = (taps[0] * d - p - before) // s if taps else 0
-            out = len(range(p, n, s))
-            found.append((slice(p, None, s), taps, d // g,
-                          (lead, out + (len(taps) - 1) * d // g - m - lead), out))
+            lead, out = taps and (taps[0] * d - p - before) // s, len(range(p, n, s))
+            found.append((slice(p, None, s), taps, d // g, out, taps and (
+                lead, out + (len(taps) - 1) * d // g - m - lead)))
         phases.append(found)
 
     def run(phase):
-        places, taps, dilation, pads, out = zip(*phase)
+        places, taps, dilation, out, pads = zip(*phase)
         part = 0 if base is None else base[(slice(None), *places)]
         if all(taps):
-            part = _correlate(dy, w[(slice(None), slice(None), *np.ix_(*taps))], geo._replace(
+            mirror = (slice(k[0], None, -step) for k, step in zip(taps, steps))
+            part = _correlate(dy, w[(slice(None), slice(None), *mirror)], geo._replace(
                 kernel=tuple(map(len, taps)), stride=(1,) * rank, dilation=dilation, pads=pads,
                 out=out), None if base is None else part, last)
         return places, part
@@ -855,7 +862,7 @@ def _correlate_dw(dy, x, geo, shape):
     """dw[f, c, k] = sum_{n, o} dy[n, f, o] * x[n, c, o*stride + k*dilation - before]."""
     xp, (F, C, *kernel), G = _xp(dy), shape, geo.groups
     geo, x, dy = _planes(geo, math.inf, x, dy)
-    F, K, merge = F // G, C * math.prod(kernel), geo.out[-1] < 16
+    F, K, merge = F // G, C * math.prod(kernel), geo.out[-1] < _SHORT
 
     def add(blocks):
         dw = xp.zeros((G, K, F), dy.dtype)
@@ -864,8 +871,7 @@ def _correlate_dw(dy, x, geo, shape):
             part = _points(dy[_at(block)], G)
             *outer, KH, taps, points = columns.shape
             most = 10 ** 6 // max(1, taps * F)
-            run = next(n for n in range(min(points, most if 128 <= most < 512 else 512), 0, -1)
-                       if points % n == 0)
+            run = _divisor(points, most if 128 <= most < 512 else 512)
             columns = columns.reshape(*outer, KH, taps, points // run, run).swapaxes(-2, -3)
             part = columns @ part.reshape(*outer, 1, points // run, run, F)
             dw += part.sum(axis=(*range(1, len(outer)), -3)).reshape(G, K, F)

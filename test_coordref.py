@@ -102,12 +102,13 @@ def random_conv(seed):
 
 # LAWS --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("block", [1, 40, 2 ** 20])
+@pytest.mark.parametrize("block, short", [(1, 16), (40, 1), (2 ** 20, 1), (2 ** 20, 16)])
 @pytest.mark.parametrize("seed", range(40))
-def test_convolution_is_its_definition_and_its_gradients_are_its_transposes(seed, block,
+def test_convolution_is_its_definition_and_its_gradients_are_its_transposes(seed, block, short,
                                                                             monkeypatch):
     """<conv(x, w), g> = <x, dx> = <w, dw>: convolution is linear in x and in w."""
-    monkeypatch.setattr(coordref, "_BLOCK", block)          # rows, images, and between
+    monkeypatch.setattr(coordref, "_BLOCK", block)          # points, images, and between
+    monkeypatch.setattr(coordref, "_SHORT", short)          # rows of pixels, or all in one
     x, w, b, stride, pads, dilation, groups = random_conv(seed)
     options = {"stride": stride, "padding": pads, "dilation": dilation, "groups": groups}
     before = [a.copy() for a in (x, w, b)]
