@@ -879,8 +879,9 @@ def _correlate_dw(dy, x, geo, shape):
     blocks = _blocks(len(x), geo.out, max(K * G if merge else K * G // geo.kernel[-2], F * G,
                                           K * F * G // min(512, math.prod(geo.out[-2:]))),
                      math.inf)
-    # eight sums, whatever the number of cores, so that the rounding does not depend on it
-    dw = sum(_spread(xp, add, [blocks[i::8] for i in range(min(8, len(blocks)))]),
+    # two to eight sums, whatever the number of cores, so that the rounding does not depend on it
+    sums = min(len(blocks), max(2, min(8, _BLOCK // max(1, K * F * G))))
+    dw = sum(_spread(xp, add, [blocks[i::sums] for i in range(sums)]),
              xp.zeros((G, K, F), dy.dtype))
     outer, row = (geo.kernel[-2], *geo.kernel[:-2]), geo.kernel[-1:]
     dw = dw.swapaxes(1, 2).reshape(F * G, *outer, C, *row)              # (F, kh, ..., c, kw)
