@@ -82,11 +82,7 @@ import itertools
 import math
 import os
 import sys
-import tempfile
 import threading
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -572,6 +568,8 @@ def _blas():
 @functools.cache
 def _pool(process, workers):
     """Threads that stay for the next call; a forked process has none of them and makes its own."""
+    from concurrent.futures import ThreadPoolExecutor
+
     return ThreadPoolExecutor(workers)
 
 
@@ -2337,6 +2335,8 @@ def save(path, net):
     OSError
         If the file cannot be written; the old one is untouched.
     """
+    import tempfile         # imports that few callers need stand where they are used
+
     arrays = {name: to_numpy(a) for name, a in _entries(_layers("save", net))}
     path = _path("save", path)
     folder = os.path.dirname(os.path.abspath(path))
@@ -2374,6 +2374,9 @@ def load(path, net):
     OSError
         If the file cannot be read.
     """
+    import zipfile
+    import zlib
+
     expected, path = dict(_entries(_layers("load", net))), _path("load", path)
     with open(path, "rb") as file:
         try:
