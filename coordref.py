@@ -598,9 +598,10 @@ def _spread(xp, task, items):
     """[task(item) for item in items], on all cores: one thread per core, one BLAS thread in each.
 
     The calling thread is one of them. Items do not depend on the number of threads and results
-    keep their order, so that sums are the same on one core. OMP_NUM_THREADS sets the number. A task that comes here in its turn,
-    or another thread of the program, finds the team at work and goes on alone; its products may
-    then differ in the last bit, as a product by one BLAS thread does from one by several.
+    keep their order, so that sums are the same on one core. OMP_NUM_THREADS sets the number. A
+    task that comes here in its turn, or another thread of the program, finds the team at work and
+    goes on alone; its products may then differ in the last bit, as a product by one BLAS thread
+    does from one by several.
     """
     results, queue, workers = [None] * len(items), enumerate(items), 1
     if xp is np and len(items) > 1 and not _one_team.locked():
@@ -628,19 +629,19 @@ def _spread(xp, task, items):
     return results
 
 
-_BLOCK = 2 ** 21        # most elements of columns in a block: 8 MiB of float32
+_BLOCK = 2 ** 23        # most bytes of columns in a block
 _SHORT = 16             # rows of fewer pixels make products that are too small
 
 
 def _blocks(N, out, per_point, row=128):
-    """Cut N images of output points into tiles, each a tuple of slices (images, *out) of nearly
-    equal lengths; at most row points on the last axis, whose products are the fastest.
+    """Cut N images of output points, of so many bytes of columns each, into tiles: tuples of
+    slices (images, *out) of nearly equal lengths, at most row points on the last axis.
 
-    Four tiles if they make no more than _BLOCK elements each: threads wait for each other at
+    Four tiles if they make no more than _BLOCK bytes each: threads wait for each other at
     every call of NumPy, so few large calls beat blocks that would stay in a core's own cache
     (16 to 16 filters of 3x3: 7.1 ms in 32 blocks, 3.6 ms in 5; measured 2026-11-24)."""
     total, tiles = N * math.prod(out) * per_point, []
-    room = max(1, min(_BLOCK, max(total // 4, 2 ** 17)) // max(1, per_point))
+    room = max(1, min(_BLOCK, max(total // 4, 2 ** 19)) // max(1, per_point))
     for n, most in zip((*reversed(out), N), (row, *(math.inf,) * len(out))):
         parts = -(-n // max(1, min(n, room, most))) if n else 0
         tiles.insert(0, [slice(i * n // parts, (i + 1) * n // parts) for i in range(parts)])
@@ -802,7 +803,8 @@ def _correlate(x, w, geo, base=None, last=False):
             _product(w, columns, points)
         if base is not None:
             target += base[(slice(None), *block[1:])]
-    _spread(xp, fill, _blocks(len(x), geo.out, max(K * G // geo.kernel[-2], F)))
+    _spread(xp, fill, _blocks(len(x), geo.out,
+                              x.itemsize * max(K * G // geo.kernel[-2], F)))
     return result
 
 
@@ -874,11 +876,11 @@ def _correlate_dw(dy, x, geo, shape):
             part = columns @ part.reshape(*outer, 1, points // run, run, F)
             dw += part.sum(axis=(*range(1, len(outer)), -3)).reshape(G, K, F)
         return dw
-    blocks = _blocks(len(x), geo.out, max(K * G if merge else K * G // geo.kernel[-2], F * G,
-                                          K * F * G // min(512, math.prod(geo.out[-2:]))),
-                     math.inf)
+    blocks = _blocks(len(x), geo.out, x.itemsize * max(
+        K * G if merge else K * G // geo.kernel[-2], F * G,
+        K * F * G // min(512, math.prod(geo.out[-2:]))), math.inf)
     # two to eight sums, whatever the number of cores, so that the rounding does not depend on it
-    sums = min(len(blocks), max(2, min(8, _BLOCK // max(1, K * F * G))))
+    sums = min(len(blocks), max(2, min(8, _BLOCK // max(1, x.itemsize * K * F * G))))
     dw = sum(_spread(xp, add, [blocks[i::sums] for i in range(sums)]),
              xp.zeros((G, K, F), dy.dtype))
     outer, row = (geo.kernel[-2], *geo.kernel[:-2]), geo.kernel[-1:]

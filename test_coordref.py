@@ -102,7 +102,7 @@ def random_conv(seed):
 
 # LAWS --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("block, short", [(1, 16), (40, 1), (2 ** 20, 1), (2 ** 20, 16)])
+@pytest.mark.parametrize("block, short", [(1, 16), (320, 1), (2 ** 23, 1), (2 ** 23, 16)])
 @pytest.mark.parametrize("seed", range(40))
 def test_convolution_is_its_definition_and_its_gradients_are_its_transposes(seed, block, short,
                                                                             monkeypatch):
