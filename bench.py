@@ -342,7 +342,7 @@ def measure(shape, repeats, coords=False):
         programs[0].append(run)
         programs[1].append(lambda: torch.autograd.grad(output, tensors, upstream,
                                                        retain_graph=True))
-    macs = w[0].size * (x.size // x.shape[1] * x.shape[1] if transposed else dy.size)
+    macs = w[0].size * (x.size if transposed else dy.size)
     for i, name in enumerate(("forward", "backward")):
         seconds = interleaved(programs[i], repeats)
         record = {"shape": shape.name + (" CoordConv" if coords else ""), "pass": name,

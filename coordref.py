@@ -622,10 +622,14 @@ def _spread(xp, task, items):
         helpers = [pool.submit(work) for _ in range(workers - 1)]
         work()                          # this thread is one of the team
     finally:
-        for helper in helpers:
-            helper.cancel() or helper.result()
-        set_threads(before)
-        _one_team.release()
+        try:
+            helpers = [h for h in helpers if not h.cancel()]
+            errors = [h.exception() for h in helpers]       # waits for them
+        finally:
+            set_threads(before)
+            _one_team.release()
+    for error in filter(None, errors):
+        raise error
     return results
 
 

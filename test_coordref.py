@@ -14,6 +14,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -428,6 +429,22 @@ def test_empty_axes_and_special_values_follow_arithmetic():
     assert np.isnan(y).sum() == 4 * 2 * 3 and np.isnan(y[:, :, 2:4, 1:4]).all()
     x[0, 1, 3, 3] = np.inf
     assert (np.isinf(conv(x, w))).sum() == 4 * 2 * 3
+
+
+@pytest.mark.parametrize("bad", [[3], [0, 1, 2, 3], range(8)])
+def test_an_error_in_a_thread_reaches_the_caller_and_frees_the_team(bad, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+
+    def task(item):
+        time.sleep(0.002)               # so that each thread gets some of the items
+        if item in bad:
+            raise ArithmeticError(item)
+        return -item
+    with pytest.raises(ArithmeticError):
+        coordref._spread(np, task, range(8))
+    assert not coordref._one_team.locked()
+    bad = []
+    assert coordref._spread(np, task, range(8)) == [0, -1, -2, -3, -4, -5, -6, -7]
 
 
 def test_the_number_of_threads_does_not_change_a_bit(monkeypatch):
