@@ -1,24 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""The dispute about CoordConv as a table of verdicts, then a table of speeds.
+"""The dispute about CoordConv as a table of verdicts, then speeds against peers.
 
-    python bench.py             every row, under two minutes on two cores
+    python bench.py             every row with three seeds, under two minutes on two cores
     python bench.py --quick     shorter trainings and one seed, under 20 seconds
+    python bench.py --full      the published lengths, hours; goes on where it was stopped
+    python bench.py --list      the rows
     python bench.py ops         the speed of convolution by shape and by size, against peers
 
 Each row runs one claim of the paper (Liu et al. 2018, arXiv 1807.03247), of its critic
-(Piekniewski 2018) or of this project, and says what was measured here and whether the claim holds
-in it. A row marked as a check is a promise of coordref itself: the exit status is 1 where one
-fails. Nothing is downloaded; the data set is drawn by coordref. Progress goes to stderr on a
-terminal.
+(Piekniewski 2018), of the article that reported both (QbitAI 2018) or of this project, and says
+what was measured here and what the evidence says of the claim. A row marked as a check is a
+promise of coordref itself: the exit status is 1 where one fails. Nothing is downloaded; all data
+are drawn here.
+
+Contents: measuring; the critic; the paper's tasks; a residual network; the rows and their
+verdicts; speed; figures; the command.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
 import platform
+import re
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,40 +36,209 @@ import scipy.signal
 
 import coordref as cr
 
+# MEASURING ---------------------------------------------------------------------------------------
 
-class Row(NamedTuple):
-    claim: str
-    source: str
-    measured: str
-    verdict: str            # "holds", "fails here" or what else the evidence says
-    check: bool = False     # a promise of coordref, whose failure is an error
+MODES = {       # thin: every how manieth test position; patience: see Experiment; others: lengths
+    "quick": {"seeds": [0], "thin": 4, "patience": 0.2, "he": {"steps": 6}, "resnet": 3,
+              "render": {"steps": 2}, "regress": {"steps": 2}, "points": 2, "repeats": 3},
+    "default": {"seeds": [0, 1, 2], "thin": 1, "patience": 10, "he": {"steps": 60}, "resnet": 80,
+                "render": {"steps": 20}, "regress": {"steps": 40}, "points": 6, "repeats": 5},
+    "full": {"seeds": list(range(10)), "thin": 1, "patience": None, "he": {"epochs": 50},
+             "resnet": 1000, "render": {"epochs": 50},
+             "regress": {"epochs": 100, "batch_size": 256}, "points": 50, "repeats": 9},
+}
 
 
-def say(text):
-    """A line of progress that the next one replaces."""
+def say(text=""):
+    """A line of progress on a terminal, which the next one replaces."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def holds(truth):
-    return "holds" if truth else "fails"
+def synchronise(xp):
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()
 
 
-def timed(run):
+def timed(run, xp=np):
+    synchronise(xp)
     start = time.perf_counter()
     result = run()
+    synchronise(xp)
     return result, time.perf_counter() - start
 
 
 def parameters(net):
-    return sum(p.size for layer in net for p in layer.params)
+    return sum(p.size for layer in net for p in layer.params if p is not None)
 
 
-def percent(values):
-    return ", ".join(f"{100 * v:.1f}" for v in values) + " %"
+def write_json(path, content):
+    """Whole or not at all: beside the old file first, then in its place."""
+    handle, part = tempfile.mkstemp(suffix=".part", dir=os.path.dirname(os.path.abspath(path)))
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
 
 
-# THE DISPUTE -------------------------------------------------------------------------------------
+class Experiment(NamedTuple):
+    """run(lab, seed) makes one run and returns what it found, its score among it.
+
+    rival : the experiment that a baseline is compared with. Unless the published lengths are
+        asked for, the baseline has one seed and trains some times as long as its rival did
+    seeded : False for what is the same every time
+    """
+    run: Callable
+    rival: str | None = None
+    seeded: bool = True
+
+
+class Lab:
+    """Makes the runs of experiments and keeps a record of each by name and seed."""
+
+    def __init__(self, settings, xp=np, records=(), keep=lambda: None):
+        self.settings, self.xp, self.keep = settings, xp, keep
+        self.records = {(r["experiment"], r["seed"]): r for r in records}
+        self.record, self.limit, self.title = {}, None, ""
+        self.costs = {}         # estimated seconds of the runs to come, by name and seed
+
+    def seeds(self, name):
+        seeds = self.settings["seeds"] if EXPERIMENTS[name].seeded else [None]
+        return seeds[:1] if EXPERIMENTS[name].rival and self.settings["patience"] else seeds
+
+    def collect(self, name):
+        """The records of an experiment; what was not run before is run now."""
+        for seed in self.seeds(name):
+            if (name, seed) not in self.records:
+                rival, limit = EXPERIMENTS[name].rival, None
+                if rival and self.settings["patience"]:
+                    limit = self.settings["patience"] * float(
+                        np.median([r["seconds"][0] for r in self.collect(rival)]))
+                self.limit, self.title = limit, f"{name}, seed {seed}"
+                self.record = {"experiment": name, "seed": seed, "seconds": [0.0], "curve": []}
+                self.show(0)
+                found = EXPERIMENTS[name].run(self, seed)
+                self.records[name, seed] = {**self.record, **found}
+                self.costs.pop((name, seed), None)
+                self.keep()
+        return [self.records[name, seed] for seed in self.seeds(name)]
+
+    def show(self, done, text=""):
+        """The bar: share of the run, what it is, where it stands, time left for all of them."""
+        now = self.costs.get((self.record["experiment"], self.record["seed"]), 0)
+        left = sum(self.costs.values()) - now * done
+        say(f"[{'#' * round(20 * done):.<20}] {self.title}{text}"
+            + (f"  {duration(left)} left" if self.costs else ""))
+
+    def data(self, split):
+        data = cr.not_so_clevr(split)
+        return data._replace(test=data.test[::self.settings["thin"]])
+
+    def watch(self, steps, per_epoch, score=None):
+        """A callback that times a training without its tests, keeps its curve as [seconds, steps,
+        score], shows its progress, and ends it at the time limit where there is one."""
+        record, limit = self.record, self.limit
+        before, start, paused = record["seconds"][0], time.perf_counter(), 0.0
+
+        def callback(step, net, loss):
+            nonlocal paused
+            spent = time.perf_counter() - start - paused
+            done = spent / limit if limit else step / steps
+            curve = record["curve"]
+            if score and done >= (len(curve) + 1) / self.settings["points"]:
+                synchronise(self.xp)
+                spent = time.perf_counter() - start - paused
+                value, pause = timed(lambda: score(net))
+                curve.append([before + spent, step, value])
+                paused += pause
+            record["seconds"], record["steps"] = [before + spent], step
+            self.show(min(done, 1), f"  epoch {step / per_epoch:.1f}"
+                      + (f"  {curve[-1][2]:.3f}" if curve else ""))
+            return limit is not None and spent >= limit
+        return callback
+
+    def few(self, data):
+        """A part of the test set, on which the points of a curve are scored."""
+        return data._replace(test=data.test[::6 if self.settings["patience"] else 1])
+
+    def train(self, net, data, task, score="test", **options):
+        """cr.train under watch; score may be another function of the network, or None."""
+        if score == "test":
+            def score(net):
+                return cr.evaluate(net, self.few(data), task=task)
+        per_epoch = -(-len(data.train) // options.get("batch_size", 16))
+        steps = options.get("steps") or options["epochs"] * per_epoch
+        watch = self.watch(steps, per_epoch, score)
+        return cr.train(net, data, task=task, callback=watch, **options)[0]
+
+    def finish(self, net, data, task):
+        """What a record says of a trained network."""
+        found = {"weights": parameters(net)}
+        if task == "rendering":
+            return {**found, "score": cr.evaluate(net, data, task=task)}
+        told = predictions(net, data, task, self.xp)
+        wrong = told - data.coords[data.test]
+        score = (~wrong.any(axis=1)).mean() if task == "classification" else np.hypot(
+            *wrong.T).mean()
+        return {**found, "score": float(score), "predicted": told.round(2).tolist()}
+
+
+class Rehearsal(Lab):
+    """Makes three steps of each training to estimate what all of them take."""
+
+    def watch(self, steps, per_epoch, score=None):
+        start, limit = [], self.limit
+
+        def callback(step, net, loss):
+            synchronise(self.xp)
+            start.append(time.perf_counter())
+            if step == min(3, steps):
+                per_step = (start[-1] - start[0]) / max(step - 1, 1)
+                self.record["seconds"][0] += limit or per_step * steps
+            return step == 3
+        return callback
+
+    def finish(self, net, data, task):
+        return {"score": 0.0}
+
+
+def estimate(lab, names):
+    """Fill in the lab's costs for what these experiments have yet to run."""
+    rehearsal = Rehearsal({**lab.settings, "seeds": lab.settings["seeds"][:1]}, lab.xp)
+    for name in names:
+        say(f"estimating {name}")
+        if EXPERIMENTS[name].seeded:
+            cost = rehearsal.collect(name)[0]["seconds"][0]
+            lab.costs.update({(name, seed): cost for seed in lab.seeds(name)
+                              if (name, seed) not in lab.records})
+
+
+def duration(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else (
+        f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s")
+
+
+def predictions(net, data, task, xp):
+    """The positions (row, col) that a network gives for the test positions."""
+    told = []
+    for coords in np.array_split(data.coords[data.test], -(-len(data.test) // 16)):
+        if task == "regression":
+            x = cr.encode(coords, (data.canvas,) * 2)
+            told.append(cr.to_numpy(cr.forward(net, xp.asarray(x))[0]) * data.canvas)
+        else:
+            x = (2 * coords - (data.canvas - 1)) / (data.canvas - 1)
+            y = cr.forward(net, xp.asarray(x.astype(np.float32)[:, :, None, None]))[0]
+            best = cr.to_numpy(y.reshape(len(y), -1).argmax(axis=1))
+            told.append(np.stack(np.unravel_index(best, y.shape[2:]), axis=1))
+    return np.concatenate(told)
+
+
+# THE CRITIC --------------------------------------------------------------------------------------
 
 def listing(image):
     """The critic's listing for one image (H, W), convolutions by scipy: (row, col)."""
@@ -72,145 +250,614 @@ def listing(image):
     for size, coordinate in ((H, row), (W, col)):
         z = (scipy.signal.convolve2d(image, size * centre, mode="same")
              + scipy.signal.convolve2d(coordinate, -centre, mode="same"))
-        found.append(size - np.maximum(z, 0).sum())
+        found.append(float(size - np.maximum(z, 0).sum()))
     return found
 
 
-def critic_rows(config):
-    say("the critic's decoder and encoder")
-    tried, wrong = 0, 0
+def both_ways(lab, seed):
+    """Positions of which decoder and encoder are not exact, as networks and as closed forms."""
+    record = {"positions": 0, "decoder_wrong": 0, "encoder_wrong": 0}
     for size in ((70, 100), (64, 64), (1, 9), (5, 1)):
         where = np.array(list(np.ndindex(*size)))
-        decoder, encoder = cr.decoder_network(size), cr.encoder_network(size)
+        decoder, encoder = (f(size, xp=lab.xp) for f in (cr.decoder_network, cr.encoder_network))
+        record["encoder_weights"] = parameters(encoder)
         for part in np.array_split(where, -(-len(where) // 256)):
-            images = cr.encode(part, size)
-            coords = part.astype(np.float32)
-            right = ((cr.decode(images) == coords).all()
-                     and (cr.forward(decoder, images)[0] == coords).all()
-                     and (cr.forward(encoder, coords[:, :, None, None])[0] == images).all())
-            tried, wrong = tried + len(part), wrong + (not right) * len(part)
-    yield Row("no training needed: convolution, rectifier, sum and subtraction read the pixel off "
-              "the image, and a net can be wired the other way", "Piekniewski",
-              f"{tried - wrong} of {tried} positions in 4 sizes exact both ways, as closed form "
-              f"and as network, last row and column included; 0 trained weights; encoder "
-              f"{parameters(cr.encoder_network((64, 64)))} weights", holds(not wrong), True)
+            images = np.zeros((len(part), 1, *size), np.float32)
+            images[(np.arange(len(part)), 0, *part.T)] = 1
+            coords, hot = lab.xp.asarray(part.astype(np.float32)), lab.xp.asarray(images)
+            read = [cr.decode(hot), cr.forward(decoder, hot)[0]]
+            drawn = [cr.encode(coords, size), cr.forward(encoder, coords[:, :, None, None])[0]]
+            record["positions"] += len(part)
+            for key, found, wanted in (("decoder_wrong", read, part),
+                                       ("encoder_wrong", drawn, images)):
+                wrong = [(cr.to_numpy(a) != wanted).reshape(len(part), -1).any(axis=1)
+                         for a in found]
+                record[key] += int((wrong[0] | wrong[1]).sum())
+    return {**record, "score": 1 - (record["decoder_wrong"] + record["encoder_wrong"])
+            / (2 * record["positions"])}
 
+
+def odd_images(lab, seed):
+    """What the decoder and the listing give for images that are not one-hot, and at the corner."""
     H, W = 70, 100
     images = np.zeros((4, 1, H, W), np.float32)
     images[0, 0, 10, 20] = images[0, 0, 30, 70] = 1
     images[1, 0, 10, 20] = 0.5
-    images[3, 0, 69, 99] = 1
-    by_network = cr.forward(cr.decoder_network((H, W)), images)[0]
-    by_listing = np.array([listing(image[0]) for image in images])
-    same = np.array_equal(by_network, by_listing)
-    two, half, blank, last = ([int(v) for v in pair] for pair in by_network)
-    yield Row("his network is itself a CoordConv: coordinates enter as input channels", "coordref",
-              "coord_conv, relu, sum_pool and affine with weights (size, -1) give his listing's "
-              f"numbers on 4 images: {same}", holds(same), True)
-    yield Row("the listing reads coordinates off any image", "Piekniewski (implied)",
-              f"(70, 100) image as (row, col): one pixel at (69, 99) gives {tuple(last)}; two at "
-              f"(10, 20), (30, 70) give {tuple(two)}; half a pixel at (10, 20) gives "
-              f"{tuple(half)}; none gives {tuple(blank)}", "one-hot images only")
+    images[3, 0, H - 1, W - 1] = 1
+    net = cr.decoder_network((H, W), xp=lab.xp)
+    by_network = cr.to_numpy(cr.forward(net, lab.xp.asarray(images))[0]).tolist()
+    by_listing = [listing(image[0]) for image in images]
+    return {"network": by_network, "listing": by_listing,
+            "score": float(by_network == by_listing)}
 
 
-def over_seeds(config, text, data, start, **options):
-    """Train a painter from one start with each seed: test accuracies, median seconds, weights."""
-    runs = []
-    for seed in config.seeds:
-        say(f"classification, {text}, {start} start, seed {seed}")
-        net = cr.coordconv_painter(start=start, rng=seed)
-        runs.append(classify(net, data, rng=seed, **options))
-    return [r[0] for r in runs], np.median([r[1] for r in runs]), parameters(net)
+def own_test(lab, seed):
+    """The largest positions that the listing's own test draws: randint has an exclusive end."""
+    H, W, draws = 70, 100, 10 ** 6
+    rng = np.random.RandomState(0)
+    return {"draws": draws, "row": int(rng.randint(0, H - 1, draws).max()),
+            "col": int(rng.randint(0, W - 1, draws).max()), "score": 1.0}
 
 
-def classify(net, data, **options):
-    """Train and test a painter: test accuracy, seconds of training, steps."""
-    (net, history), seconds = timed(lambda: cr.train(net, data, task="classification", **options))
-    return cr.evaluate(net, data, task="classification"), seconds, len(history["loss"])
+def as_feature(lab, seed):
+    """coord_conv and its gradients against a convolution of an image with two more channels."""
+    rng, errors = np.random.default_rng(0), []
+    for size in ((9, 14), (32, 21), (5, 6, 7), (40,)):
+        K = len(size)
+        x = rng.standard_normal((3, 4, *size))
+        w = rng.standard_normal((5, 4 + K, *(3,) * K))
+        x, w = lab.xp.asarray(x), lab.xp.asarray(w)
+        y = cr.coord_conv(x, w, padding=1)
+        channels = cr.add_coords(x)
+        dx, dw, _ = cr.conv_backward(y, channels, w, padding=1)
+        pairs = zip((y, *cr.coord_conv_backward(y, x, w, padding=1)[:2]),
+                    (cr.conv(channels, w, padding=1), cr.add_coords_backward(dx, x), dw))
+        errors += [float(abs(a - b).max() / abs(b).max()) for a, b in pairs]
+    return {"score": max(errors)}
 
 
-def classification_rows(config):
-    for split in ("uniform", "quadrant"):
-        data = cr.not_so_clevr(split)
-        scores, seconds, weights = over_seeds(config, split, data, "relative", steps=60,
-                                              batch_size=8, learning_rate=0.01)
-        yield Row(f"CoordConv with the relative start is perfect on the {split} split",
-                  "coordref", f"test {percent(scores)} (seeds {config.seeds}); 60 steps of 8, "
-                  f"{seconds:.1f} s, {weights} weights", holds(min(scores) == 1), True)
+# THE PAPER'S TASKS -------------------------------------------------------------------------------
 
-        he, he_seconds, _ = over_seeds(config, split, data, "he", steps=config.he_steps, l2=1e-3)
-        yield Row(f"CoordConv is perfect on the {split} split in seconds", "Liu et al.",
-                  f"he_normal start: test {percent(he)} (seeds {config.seeds}); {config.he_steps} "
-                  f"steps, {he_seconds:.1f} s",
-                  "holds" if min(he) == 1 else f"not within {config.he_steps} steps")
-
-        say(f"classification, {split}, deconvolution")
-        deadline = time.perf_counter() + config.patience * seconds
-        net = cr.deconv_painter(kernel=2, rng=config.seeds[0])
-        score, spent, steps = classify(
-            net, data, epochs=1000, learning_rate=0.005, decay="constant",
-            rng=config.seeds[0], callback=lambda *_: time.perf_counter() > deadline)
-        limit = {"uniform": 0.86, "quadrant": 0.0}[split]
-        yield Row(f"a deconvolution network gets at most {100 * limit:.0f} % on the {split} split",
-                  "Liu et al.", f"test {percent([score])} (seed {config.seeds[0]}); {steps} "
-                  f"steps, {spent:.0f} s, {config.patience:g} times CoordConv's; "
-                  f"{parameters(net)} weights",
-                  "not contradicted" if score <= limit else "contradicted")
+DECONVS = {     # the deconvolution networks of the paper's sweep that stand for it
+    "k2 w1": {"kernel": 2, "width": 1, "learning_rate": 0.005, "l2": 0.0},
+    "k3 w2": {"kernel": 3, "width": 2, "learning_rate": 0.01, "l2": 1e-3},
+    "k2 w2": {"kernel": 2, "width": 2, "learning_rate": 0.01, "l2": 0.0},
+}
 
 
-def rendering_rows(config):
-    """Our recipe: the painter inside the renderer first learns the centre, then all of it the
-    square. The official code has an option like it, an intermediate loss on the centre map."""
-    for split in ("uniform", "quadrant"):
-        data, seed = cr.not_so_clevr(split), config.seeds[0]
-        say(f"rendering, {split}")
-
-        def run():
-            net = cr.coordconv_renderer(start="relative", rng=seed)
-            painter = [layer.op for layer in net].index(cr.softmax)
-            centre, _ = cr.train(net[:painter], data, task="classification", learning_rate=0.01,
-                                 steps=config.centre_steps, rng=seed)
-            return cr.train(centre + net[painter:], data, task="rendering", learning_rate=0.01,
-                            steps=config.render_steps, rng=seed)[0]
-        net, seconds = timed(run)
-        iou = cr.evaluate(net, data, task="rendering")
-        yield Row(f"CoordConv renders squares perfectly on the {split} split", "Liu et al.",
-                  f"test IoU {iou:.3f} (seed {seed}); relative start, {config.centre_steps} "
-                  f"steps on the centre then {config.render_steps} on the square, "
-                  f"{seconds:.0f} s, {parameters(net)} weights",
-                  ("holds" if iou > 0.99 else "not reached") + " with our recipe")
+def painted(split, start, lab, seed):
+    """Coordinate classification by CoordConv, from our start or with the paper's settings."""
+    net, data = cr.coordconv_painter(start=start, rng=seed, xp=lab.xp), lab.data(split)
+    options = ({"steps": 60, "batch_size": 8, "learning_rate": 0.01} if start == "relative" else
+               {**lab.settings["he"], "learning_rate": 0.005, "l2": 1e-3})
+    net = lab.train(net, data, "classification", rng=seed, **options)
+    return lab.finish(net, data, "classification")
 
 
-def loud(net, size):
-    """A start for the regressor that is ours: the image channel's first weights 30 times as large,
-    so that the hot pixel and not the largest coordinate wins the maximum, and the last bias such
-    that the mean output over the image is the middle of the range."""
+def deconvolved(task, split, setting, lab, seed):
+    """Coordinate classification or rendering by the paper's network without coordinates."""
+    options = dict(DECONVS[setting])
+    net = cr.deconv_painter(kernel=options.pop("kernel"), width=options.pop("width"), rng=seed,
+                            xp=lab.xp)
+    data = lab.data(split)
+    net = lab.train(net, data, task, epochs=1000, rng=seed,
+                    decay="constant" if lab.settings["patience"] else "step", **options)
+    return lab.finish(net, data, task)
+
+
+def rendered(split, start, lab, seed):
+    """Rendering by CoordConv. Ours comes in two parts that are then joined: the painter learns the
+    centre, and the convolutions behind its softmax, to which all positions are alike, learn to
+    draw the square around a pixel on a canvas of 20."""
+    net, data = cr.coordconv_renderer(start=start, rng=seed, xp=lab.xp), lab.data(split)
+    if start == "he":
+        net = lab.train(net, data, "rendering", rng=seed, learning_rate=0.005, decay="constant",
+                        **lab.settings["render"])
+        return lab.finish(net, data, "rendering")
+    tail = [layer.op for layer in net].index(cr.softmax) + 1
+    painter = lab.train(net[:tail - 1], data, "classification", score=None, steps=80, batch_size=4,
+                        learning_rate=0.01, rng=seed)
+    joined = [*painter, net[tail - 1]]
+    pixel = cr.Layer(hot_pixel, [lab.xp.ones(1, np.float32)])
+    squares = lab.train([pixel, *net[tail:]], cr.not_so_clevr(split, canvas=20), "rendering",
+                        score=lambda squares: cr.evaluate(
+                            joined + squares[1:], lab.few(data), task="rendering"),
+                        steps=200, batch_size=4, learning_rate=0.01, rng=seed, scale="pixel")
+    return lab.finish(joined + squares[1:], data, "rendering")
+
+
+def hot_pixel(x, peak):
+    """Images on a canvas of 20 with a pixel of peak at x: what a trained painter hands on."""
+    return peak * cr.encode(x[:, :, 0, 0], (20, 20))
+
+
+def hot_pixel_backward(dy, x, peak):
+    return dy, 0 * peak                 # nothing of it is to be trained
+
+
+def salient(net, size, height=3):
+    """A start for the regressor that is ours: the first layer's weights for the coordinates are
+    30 times smaller, and each last filter is scaled, its sign included, and its bias set so that
+    a hot pixel stands height above the background and the maximum starts at 1/2."""
     w, b = net[0].params
-    net = [net[0]._replace(params=[w * np.where(np.arange(w.shape[1]) == 0, 30, 1).astype(
-        w.dtype)[None, :, None, None], b]), *net[1:]]
-    grid = np.stack(np.mgrid[4:size - 4:14, 4:size - 4:14], axis=-1).reshape(-1, 2)
-    y, _ = cr.forward(net, cr.encode(grid, (size, size)))
+    small = _like(w, [1, 1 / 30, 1 / 30])
+    net = [net[0]._replace(params=[w * small[:, None, None], b]), *net[1:]]
+    hot = _like(w, np.eye(1, size * size, size * (size + 1) // 2)).reshape(1, 1, size, size)
+    blank = cr.forward(net[:-1], 0 * hot)[0]
+    seen = cr.to_numpy(cr.forward(net[:-1], hot)[0] - blank).reshape(2, -1)
+    scale = _like(w, height / seen[[0, 1], abs(seen).argmax(axis=1)])
     w, b = net[-2].params
-    return [*net[:-2], net[-2]._replace(params=[w, b + 0.5 - y.mean(axis=0)]), net[-1]]
+    last = [w * scale[:, None, None, None], 0.5 - height - scale * blank.mean(axis=(0, 2, 3))]
+    return [*net[:-2], net[-2]._replace(params=last), net[-1]]
 
 
-def regression_rows(config):
-    for split in ("uniform", "quadrant"):
-        data, seed, found = cr.not_so_clevr(split), config.seeds[0], []
-        for start in (lambda net: net, lambda net: loud(net, data.canvas)):
-            say(f"regression, {split}")
-            net = start(cr.coordconv_regressor(rng=seed))
-            (net, _), seconds = timed(lambda: cr.train(
-                net, data, task="regression", steps=config.regress_steps, learning_rate=0.01,
-                l2=1e-5, rng=seed))
-            found.append((cr.evaluate(net, data, task="regression"), seconds))
-        (paper, seconds), (ours, _) = found
-        yield Row(f"one CoordConv net regresses coordinates, {split} split", "Liu et al.",
-                  f"he_normal start: {paper:.2f} pixels off; loud start (ours): {ours:.2f} (seed "
-                  f"{seed}); {config.regress_steps} steps, {seconds:.0f} s, {parameters(net)} "
-                  "weights", " and ".join(
-                      f"{'holds' if pixels < 0.5 else 'not reached'} with {whose} start"
-                      for pixels, whose in ((paper, "the paper's"), (ours, "our"))))
+def _like(w, values):
+    return cr.array_module(w).asarray(np.asarray(values, w.dtype))
+
+
+def regressed(split, start, lab, seed):
+    """Regression by CoordConv."""
+    net, data = cr.coordconv_regressor(rng=seed, xp=lab.xp), lab.data(split)
+    if start == "salient":
+        net = lab.train(salient(net, data.canvas), data, "regression", steps=120, batch_size=4,
+                        learning_rate=0.008, beta1=0.5, rng=seed)
+    else:
+        net = lab.train(net, data, "regression", decay="constant", learning_rate=0.01, l2=1e-5,
+                        rng=seed, **lab.settings["regress"])
+    return lab.finish(net, data, "regression")
+
+
+def convolved(split, lab, seed):
+    """Regression by the paper's convolution for a split; at the published length when asked."""
+    net, data = cr.conv_regressor(split, rng=seed, xp=lab.xp), lab.data(split)
+    options = {"epochs": 10 ** 4} if lab.settings["patience"] else lab.settings["regress"]
+    net = lab.train(net, data, "regression", rng=seed, learning_rate=0.001, l2=1e-5,
+                    decay="constant", **options)
+    return lab.finish(net, data, "regression")
+
+
+# A RESIDUAL NETWORK ------------------------------------------------------------------------------
+#
+# The article's point is about a residual network on ImageNet. These are such networks, built from
+# coordref's operations: a block is an operation like any other, with its gradient below it.
+
+BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),
+          152: (3, 8, 36, 3)}
+
+
+def branches(params, stride, norms):
+    """The two networks whose sum a block rectifies: three convolutions with batch norm, and
+    nothing at all, or one of them where the block changes the shape."""
+    layers = [cr.Layer(cr.conv, [w], options) if i % 2 == 0 else
+              cr.Layer(cr.batch_norm, list(w), options)
+              for j, stage in enumerate(({}, {"stride": stride, "padding": 1}, {},
+                                         {"stride": stride})[:len(params) // 3])
+              for i, (w, options) in enumerate(((params[3 * j], stage),
+                                                (params[3 * j + 1:3 * j + 3], norms[j])))]
+    relu = cr.Layer(cr.relu)
+    return [*layers[:2], relu, *layers[2:4], relu, *layers[4:6]], layers[6:]
+
+
+def bottleneck(x, *params, stride=1, norms=({},) * 4):
+    """A block of a residual network (He et al. 2015, arXiv 1512.03385): relu(main(x) + short(x)).
+
+    x : (N, C, H, W) array
+    params : w, scale, shift of a 1x1, a 3x3 and a 1x1 convolution, then those of the 1x1
+        convolution of the shortcut where it has one
+    stride : int, of the 3x3 convolution, where PyTorch has it, and of the shortcut
+    norms : one dict per convolution, the options of its batch_norm
+    """
+    main, short = branches(params, stride, norms)
+    return cr.relu(cr.forward(main, x)[0] + cr.forward(short, x)[0])
+
+
+def bottleneck_backward(dy, x, *params, stride=1, norms=({},) * 4):
+    """Gradient of bottleneck: dx, then one gradient for each of params."""
+    nets = branches(params, stride, norms)
+    (a, kept), (b, kept_short) = (cr.forward(net, x) for net in nets)
+    dy = cr.relu_backward(dy, a + b)
+    dx, grads = cr.backward(nets[0], dy, kept)
+    dshort, more = cr.backward(nets[1], dy, kept_short)
+    return dx + dshort, *(g for layer in grads + more for g in layer if g is not None)
+
+
+def resnet(depth=50, width=64, *, classes=1000, channels=3, coords=False, rng=None,
+           dtype=np.float32, xp=np):
+    """A residual network: 25,557,032 parameters at depth 50 and width 64.
+
+    depth : 14, 26, 50, 101 or 152 layers
+    width : filters of the first convolution
+    coords : puts the paper's extra layer at the bottom, a 1x1 CoordConv with radius, 8 filters
+
+    The last layer is a 1x1 convolution and then the mean, which is the dense layer of the mean.
+    """
+    rng = np.random.default_rng(rng)
+
+    def norm(F):
+        return [xp.ones(F, dtype), xp.zeros(F, dtype)]
+
+    def he(*shape):
+        return cr.he_normal(shape, rng=rng, dtype=dtype, xp=xp)
+
+    net, C = [], channels
+    if coords:
+        net, C = [cr.Layer(cr.coord_conv, [he(8, C + 3, 1, 1), xp.zeros(8, dtype)],
+                           {"radius": True})], 8
+    net += [cr.Layer(cr.conv, [he(width, C, 7, 7)], {"stride": 2, "padding": 3}),
+            cr.Layer(cr.batch_norm, norm(width)), cr.Layer(cr.relu),
+            cr.Layer(cr.max_pool, [], {"kernel": 3, "stride": 2, "padding": 1})]
+    C = width
+    for stage, blocks in enumerate(BLOCKS[depth]):
+        inner = width * 2 ** stage
+        for block in range(blocks):
+            params = [he(inner, C, 1, 1), *norm(inner), he(inner, inner, 3, 3), *norm(inner),
+                      he(4 * inner, inner, 1, 1), *norm(4 * inner)]
+            if block == 0:
+                params += [he(4 * inner, C, 1, 1), *norm(4 * inner)]
+            net.append(cr.Layer(bottleneck, params,
+                                {"stride": 2 if stage and block == 0 else 1}))
+            C = 4 * inner
+    last = xp.asarray((rng.standard_normal((classes, C, 1, 1)) / math.sqrt(C)).astype(dtype))
+    return [*net, cr.Layer(cr.conv, [last, xp.zeros(classes, dtype)]), cr.Layer(cr.mean_pool)]
+
+
+def settled(net, x):
+    """The network with the statistics of these images as constants of its norms."""
+    layers = []
+    for layer in net:
+        if layer.op is cr.batch_norm:
+            layer = layer._replace(options={"mean": x.mean(axis=(0, 2, 3)),
+                                            "var": x.var(axis=(0, 2, 3))})
+        elif layer.op is bottleneck:
+            parts = branches(layer.params, layer.options["stride"], ({},) * 4)
+            norms = [a.options for part in parts for a in settled(part, x)
+                     if a.op is cr.batch_norm]
+            layer = layer._replace(options={**layer.options, "norms": norms})
+        x = layer.op(x, *layer.params, **layer.options)
+        layers.append(layer)
+    return layers
+
+
+def shapes(n, rng, canvas=32):
+    """Images (n, 3, canvas, canvas) of a square, a ring, a plus or a cross of any colour anywhere,
+    a little noise on them; the kind of each, and the quadrant of its centre."""
+    kind, half = rng.integers(0, 4, n), rng.integers(4, 8, n)
+    centre = half[:, None] + rng.integers(0, canvas - 2 * half[:, None], (n, 2))
+    row, col = (abs(np.arange(canvas) - centre[:, a, None]) for a in (0, 1))
+    row, col, size = row[:, :, None], col[:, None, :], half[:, None, None]
+    far, near = np.maximum(row, col), np.minimum(row, col)
+    drawn = np.stack([far <= size, (far <= size) & (far > size - 2), (far <= size) & (near < 2),
+                      (far <= size) & (abs(row - col) < 2)])[kind, np.arange(n)]
+    images = (drawn[:, None] * rng.uniform(0.5, 1, (n, 3, 1, 1))
+              + 0.1 * rng.standard_normal((n, 3, canvas, canvas)))
+    return images.astype(np.float32), kind, (2 * centre > canvas - 1) @ [2, 1]
+
+
+def classified(labels, coords, lab, seed):
+    """A residual network on images of shapes: the class is the shape, or the quadrant it is in."""
+    xp, batch, steps = lab.xp, 16, lab.settings["resnet"]
+    rng = np.random.default_rng([seed, 1])          # the same images with and without coordinates
+    images, *found = shapes(4096, rng)
+    images, target = xp.asarray(images), xp.asarray(np.eye(4, dtype=np.float32)[
+        found[labels == "quadrant"]])
+    net = resnet(14, 8, classes=4, coords=coords, rng=seed, xp=xp)
+    moments = [[(xp.zeros_like(p), xp.zeros_like(p)) for p in layer.params] for layer in net]
+
+    def score(net, test=images[3072:]):
+        net = settled(net, images[:512])
+        right = [(cr.forward(net, test[i:i + 128])[0].argmax(axis=1)
+                  == target[3072 + i:3072 + i + 128].argmax(axis=1)).sum()
+                 for i in range(0, len(test), 128)]
+        return float(sum(right)) / len(test)
+
+    watch = lab.watch(steps, 3072 // batch, lambda net: score(net, images[3072:3328]))
+    for step in range(1, steps + 1):
+        at = xp.asarray(rng.choice(3072, batch, replace=False))
+        y, inputs = cr.forward(net, images[at])
+        dy = cr.softmax_cross_entropy_backward(xp.ones((), xp.float32), y, target[at])[0]
+        _, grads = cr.backward(net, dy, inputs, need_dx=False)
+        rate, layers = 0.01 * (1 - (step - 1) / steps), []
+        for i, (layer, dparams) in enumerate(zip(net, grads)):
+            new = [cr.adam_step(p, g, *mv, step, learning_rate=rate)
+                   for p, g, mv in zip(layer.params, dparams, moments[i])]
+            moments[i] = [(m, v) for _, m, v in new]
+            layers.append(layer._replace(params=[p for p, _, _ in new]))
+        net = layers
+        if watch(step, net, None):
+            break
+    return {"weights": parameters(net), "score": score(net)}
+
+
+# THE ROWS ----------------------------------------------------------------------------------------
+
+SPLITS = ("uniform", "quadrant")
+RENDER_RECIPE = "the centre, and apart from it the square"
+REGRESS_RECIPE = "salient start"
+
+
+def experiments():
+    found = {"critic/both ways": Experiment(both_ways, seeded=False),
+             "critic/odd images": Experiment(odd_images, seeded=False),
+             "critic/own test": Experiment(own_test, seeded=False),
+             "critic/feature": Experiment(as_feature, seeded=False),
+             "speed/convolution": Experiment(convolution_speed, seeded=False),
+             "speed/step": Experiment(step_speed, seeded=False),
+             "speed/decode": Experiment(decode_speed, seeded=False)}
+    partial = functools.partial
+    for split in SPLITS:
+        for task, run, starts in (("classification", painted, ("relative", "he")),
+                                  ("rendering", rendered, ("relative", "he")),
+                                  ("regression", regressed, ("salient", "he"))):
+            for start in starts:
+                found[f"{task}/{split}/{start}"] = Experiment(partial(run, split, start))
+        for task in ("classification", "rendering"):
+            for setting in DECONVS:
+                found[f"{task}/{split}/deconv {setting}"] = Experiment(
+                    partial(deconvolved, task, split, setting), f"{task}/{split}/relative")
+        found[f"regression/{split}/conv"] = Experiment(
+            partial(convolved, split), f"regression/{split}/salient")
+    for labels in ("shape", "quadrant"):
+        for coords in (False, True):
+            found[f"resnet/{labels}/{'coords' if coords else 'plain'}"] = Experiment(
+                partial(classified, labels, coords))
+    return found
+
+
+class Row(NamedTuple):
+    """A claim and how it is judged: judge(settings, *records of each experiment in needs) returns
+    what was measured and the verdict. A check is a promise of coordref."""
+    id: str
+    claim: str
+    source: str
+    needs: tuple
+    judge: Callable
+    check: bool = False
+
+
+def holds(truth):
+    return "holds" if truth else "fails"
+
+
+def scores(records, form="{:.1f} %", scale=100.0):
+    """Every score with its seed."""
+    return ", ".join(f"{form.format(scale * r['score'])} (seed {r['seed']})" for r in records)
+
+
+def seconds(records):
+    return f"{np.median([r['seconds'][0] for r in records]):.1f} s"
+
+
+def success(records, reached):
+    """How many runs got there, with the exact 95 % interval of that share."""
+    import scipy.stats
+    k, n = sum(reached(r["score"]) for r in records), len(records)
+    low, high = scipy.stats.binomtest(k, n).proportion_ci()
+    return f"{k} of {n} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def judge_ways(key, settings, records):
+    r = records[0]
+    extra = (f"; {r['encoder_weights']} weights" if key == "encoder_wrong" else
+             ", last row and column included; 0 trained weights")
+    return (f"{r['positions'] - r[key]} of {r['positions']} positions in 4 sizes exact, as network "
+            "and in closed form" + extra, holds(not r[key]))
+
+
+def judge_same(settings, records):
+    return ("coord_conv, relu, sum_pool and affine with weights (size, -1) give the very numbers "
+            f"of his listing on {len(records[0]['listing'])} images: "
+            f"{records[0]['score'] == 1}", holds(records[0]["score"] == 1))
+
+
+def judge_odd(settings, records):
+    two, half, none, _ = (tuple(map(int, pair)) for pair in records[0]["listing"])
+    return (f"(70, 100) image as (row, col): pixels at (10, 20) and (30, 70) give {two}; half a "
+            f"pixel at (10, 20) gives {half}; none gives {none}", "one-hot images only")
+
+
+def judge_own_test(settings, draws, odd):
+    r, last = draws[0], tuple(map(int, odd[0]["listing"][-1]))
+    return (f"{r['draws']} draws as the listing makes them reach row {r['row']} of 69 and column "
+            f"{r['col']} of 99; a pixel at (69, 99) gives {last}",
+            "right there, but never tested" if last == (69, 99) else "wrong there")
+
+
+def judge_feature(settings, records):
+    return (f"coord_conv and a convolution after add_coords: outputs and gradients within "
+            f"{records[0]['score']:.0e} of each other in 1-D, 2-D and 3-D",
+            holds(records[0]["score"] < 1e-12))
+
+
+def judge_relative(settings, ours, he):
+    return (f"test {scores(ours)}: {success(ours, lambda s: s == 1)}; he_normal over the same "
+            f"seeds {success(he, lambda s: s == 1)}; 60 steps of 8, {seconds(ours)}, "
+            f"{ours[0]['weights']} weights", holds(all(r["score"] == 1 for r in ours)))
+
+
+def judge_he(settings, records):
+    right = sum(r["score"] == 1 for r in records)
+    return (f"he_normal start: test {scores(records)}; {records[0]['steps']} steps of 16, "
+            f"{seconds(records)}",
+            "holds" if right == len(records) else f"not within {records[0]['steps']} steps"
+            if not right else f"for {right} of {len(records)} seeds")
+
+
+def best(records):
+    return max(records, key=lambda r: r["score"])
+
+
+def listed_runs(groups, form, scale):
+    return "; ".join(f"{records[0]['experiment'].split('/')[2]}: {scores(records, form, scale)}, "
+                     f"{records[0]['steps']} steps, {seconds(records)}, "
+                     f"{records[0]['weights']} weights" for records in groups)
+
+
+def judge_limit(limit, form, scale, settings, ours, *groups):
+    score = max(r["score"] for records in groups for r in records)
+    length = (f", {settings['patience']} times CoordConv's time" if settings["patience"]
+              else ", published length")
+    return (f"best {form.format(scale * score)} of: {listed_runs(groups, form, scale)}{length}",
+            ("not contradicted" if settings["patience"] else "holds") if score <= limit
+            else "contradicted")
+
+
+def first_time(record, score):
+    """Seconds after which a run had a score, or infinity."""
+    return min((s for s, _, value in record["curve"] if value >= score), default=math.inf)
+
+
+def judge_faster(settings, he, ours, *groups):
+    slow = best([r for records in groups for r in records])
+    top = max([slow["score"], *(value for _, _, value in slow["curve"])])
+    if top == 0:
+        return "the deconvolution never had a pixel right", "no ratio"
+    spent = first_time(slow, top) if slow["score"] < top else slow["seconds"][0]
+    found = []
+    for name, records in (("he_normal", he), ("relative", ours)):
+        ratio = spent / np.median([first_time(r, top) for r in records])
+        found.append((ratio, f"{name} start {ratio:.0f} times faster"))
+    return (f"time to the deconvolution's best, {100 * top:.1f} % after {spent:.1f} s (seed "
+            f"{slow['seed']}): " + ", ".join(text for _, text in found),
+            "holds" if found[0][0] >= 150 else "faster, not by 150 at this length")
+
+
+def judge_parameters(settings, records):
+    ours = records[0]["weights"]
+    theirs = [parameters(cr.deconv_painter(kernel=k, width=w, rng=0))
+              for k in (2, 3, 4) for w in (1, 2, 3)]
+    return (f"{ours} weights against {min(theirs)} to {max(theirs)} in the paper's nine "
+            f"deconvolutions: {min(theirs) / ours:.0f} to {max(theirs) / ours:.0f} times fewer",
+            "holds" if 10 <= min(theirs) / ours and max(theirs) / ours <= 100 else "roughly")
+
+
+def judge_recipes(form, reached, recipe, settings, ours, he):
+    best = all(reached(r["score"]) for r in ours)
+    return (f"our recipe ({recipe}): {scores(ours, form, 1)}, {success(ours, reached)}, "
+            f"{seconds(ours)}; the paper's recipe: {scores(he, form, 1)}, "
+            f"{success(he, reached)}, {he[0]['steps']} steps, {seconds(he)}; "
+            f"{ours[0]['weights']} weights",
+            ("holds" if best else "not for every seed") + " with our recipe; "
+            + ("holds" if all(reached(r["score"]) for r in he) else "not reached")
+            + " with the paper's")
+
+
+def judge_conv(split, settings, ours, records):
+    good = min(r["score"] for r in records) < 0.5
+    verdict = {(True, "uniform"): "holds", (False, "quadrant"): "not contradicted"}.get(
+        (good, split), "contradicted" if good else "not shown")
+    return (f"test distance in pixels {scores(records, '{:.2f}', 1)}; {records[0]['steps']} steps, "
+            f"{seconds(records)}, {records[0]['weights']} weights", verdict)
+
+
+def judge_resnet(settings, plain, coords):
+    import scipy.stats
+    gain = np.array([100 * (b["score"] - a["score"]) for a, b in zip(plain, coords)])
+    text = (f"without {scores(plain)}; with {scores(coords)}; mean difference {gain.mean():+.1f} "
+            "points")
+    if len(gain) < 2 or gain.std() == 0:
+        return text + ", one pair or one value: no interval", "no interval"
+    test = scipy.stats.ttest_1samp(gain, 0)
+    low, high = test.confidence_interval()
+    return (f"{text}, 95 % interval {low:+.1f} to {high:+.1f}, p = {test.pvalue:.2f} "
+            f"({len(gain)} pairs); {plain[0]['steps']} steps of 16, {seconds(coords)}, "
+            f"{coords[0]['weights']} weights",
+            "a gain" if low > 0 else "a loss" if high < 0 else "no gain shown")
+
+
+def judge_speed(settings, records):
+    r = records[0]
+    if "score" not in r:
+        return "torch is not installed; see the lines below", "not compared"
+    return (f"time over torch, geometric mean of {len(r['lines'])} passes "
+            f"{r['score']:.2f}, worst {max(a['over_torch'] for a in r['lines']):.2f}",
+            "faster than torch" if r["score"] < 1 else "slower than torch")
+
+
+def judge_step(settings, records):
+    r = records[0]
+    text = f"{1e3 * np.median(r['seconds']):.0f} ms with 16 images"
+    if "score" not in r:
+        return text + "; torch is not installed", "not compared"
+    return f"{text}, {r['score']:.2f} of torch's time", holds(r["score"] <= 0.5)
+
+
+def judge_decode(settings, records):
+    r = records[0]
+    return (f"64x64: {1e6 * np.median(r['seconds']) / 4096:.2f} us an image, {r['score']:.0f} "
+            f"times as fast as the critic's listing by scipy, at {r['of_sum']:.2f} of the rate of "
+            "a sum of the array", holds(r["score"] >= 300 and r["of_sum"] >= 0.7))
+
+
+def rows(settings):
+    """Every row of the table, in its order."""
+    partial, deconvs = functools.partial, list(DECONVS)[:1 if settings["patience"] else None]
+    found = [
+        Row("decoder", "no training needed: a convolution, a rectifier, a sum and a subtraction "
+            "read the pixel off the image", "Piekniewski", ("critic/both ways",),
+            partial(judge_ways, "decoder_wrong"), True),
+        Row("encoder", "nor for the other way: a network that draws the pixel can be wired by "
+            "hand", "Piekniewski", ("critic/both ways",), partial(judge_ways, "encoder_wrong"),
+            True),
+        Row("same", "his network is itself a CoordConv: coordinates enter as input channels",
+            "coordref", ("critic/odd images",), judge_same, True),
+        Row("feature", "CoordConv is a convolution of an image to which two features were added",
+            "Piekniewski", ("critic/feature",), judge_feature, True),
+        Row("robust", "the listing reads coordinates off an image", "Piekniewski (implied)",
+            ("critic/odd images",), judge_odd),
+        Row("own-test", "the listing's own test covers the image", "Piekniewski (implied)",
+            ("critic/own test", "critic/odd images"), judge_own_test)]
+    for split in SPLITS:
+        task = f"classification/{split}"
+        rivals = tuple(f"{task}/deconv {name}" for name in deconvs)
+        found += [
+            Row(f"relative-{split}", f"CoordConv with the relative start is perfect on the "
+                f"{split} split, every seed", "coordref", (f"{task}/relative", f"{task}/he"),
+                judge_relative, True),
+            Row(f"coordconv-{split}", f"CoordConv is perfect on the {split} split in seconds",
+                "Liu et al.", (f"{task}/he",), judge_he),
+            Row(f"deconv-{split}", "a deconvolution network gets at most "
+                f"{'86' if split == 'uniform' else '0'} % on the {split} split", "Liu et al.",
+                (f"{task}/relative", *rivals), partial(
+                    judge_limit, 0.86 if split == "uniform" else 0.0, "{:.1f} %", 100))]
+        if split == "uniform":
+            found += [
+                Row("faster", "CoordConv learns it 150 times faster", "Liu et al.",
+                    (f"{task}/he", f"{task}/relative", *rivals), judge_faster),
+                Row("parameters", "with 10 to 100 times fewer parameters", "Liu et al.",
+                    (f"{task}/relative",), judge_parameters)]
+    for split in SPLITS:
+        task = f"rendering/{split}"
+        found += [
+            Row(f"render-{split}", f"CoordConv renders squares perfectly on the {split} split: "
+                "IoU above 0.99", "Liu et al.", (f"{task}/relative", f"{task}/he"),
+                partial(judge_recipes, "{:.3f}", lambda s: s > 0.99, RENDER_RECIPE)),
+            Row(f"deconv-render-{split}", "a deconvolution network gets an IoU of at most "
+                f"{'0.83' if split == 'uniform' else '0.36'} on the {split} split", "Liu et al.",
+                (f"{task}/relative", *(f"{task}/deconv {name}" for name in deconvs)), partial(
+                    judge_limit, 0.83 if split == "uniform" else 0.36, "{:.3f}", 1))]
+    for split in SPLITS:
+        task = f"regression/{split}"
+        found += [
+            Row(f"regress-{split}", "one CoordConv net regresses coordinates on both splits, here "
+                f"{split}: within half a pixel", "Liu et al.", (f"{task}/salient", f"{task}/he"),
+                partial(judge_recipes, "{:.2f}", lambda s: s < 0.5, REGRESS_RECIPE)),
+            Row(f"conv-regress-{split}", "a convolution without coordinates "
+                + ("regresses" if split == "uniform" else "does not regress")
+                + f" them on the {split} split", "Liu et al.", (f"{task}/salient", f"{task}/conv"),
+                partial(judge_conv, split))]
+    found += [
+        Row("resnet-shape", "coordinates at the bottom of a residual network gain nothing that "
+            "matters where the class is not a function of position (+0.04 % on ImageNet)",
+            "QbitAI", ("resnet/shape/plain", "resnet/shape/coords"), judge_resnet),
+        Row("resnet-quadrant", "the control: they gain where the class is the quadrant",
+            "coordref", ("resnet/quadrant/plain", "resnet/quadrant/coords"), judge_resnet),
+        Row("speed-convolution", "convolution in NumPy is as fast as in torch", "coordref",
+            ("speed/convolution",), judge_speed),
+        Row("speed-step", "a training step of the painter takes at most half of torch's time",
+            "coordref", ("speed/step",), judge_step),
+        Row("speed-decode", "the closed form of the critic's network runs at memory speed, 300 "
+            "times the listing's", "coordref", ("speed/decode",), judge_decode)]
+    return found
 
 
 # SPEED -------------------------------------------------------------------------------------------
@@ -224,14 +871,14 @@ def peers():
         return None
 
 
-def interleaved(programs, repeats):
+def interleaved(programs, repeats, xp=np):
     """Seconds of each program, A B A B, as (repeats, programs). Each timed call follows an untimed
     one of its own, so that no program starts while the idle threads of another still spin."""
     seconds = np.empty((repeats, len(programs)))
     for row in seconds:
         for i, program in enumerate(programs):
             program()
-            row[i] = timed(program)[1]
+            row[i] = timed(program, xp)[1]
     return seconds
 
 
@@ -296,7 +943,7 @@ def scipy_seconds(x, w, options):
     return timed(lambda: scipy.signal.correlate(image, w[0], "valid"))[1] * len(x) * len(w)
 
 
-def measure(shape, repeats, coords=False):
+def measure(shape, repeats, xp=np, coords=False):
     """Forward and backward of one shape, float32, as two records; coords makes it a CoordConv."""
     rng, torch = np.random.default_rng(0), peers()
     options, rank = shape.options, len(shape.x) - 2
@@ -306,9 +953,11 @@ def measure(shape, repeats, coords=False):
     b = rng.standard_normal(w_shape[transposed]).astype(np.float32)
     op = "coord_conv" if coords else shape.op
     forward, backward = getattr(cr, op), getattr(cr, op + "_backward")
-    y = forward(x, w, b, **options)
+    ours = [xp.asarray(a) for a in (x, w, b)]
+    y = cr.to_numpy(forward(*ours, **options))
     dy = rng.standard_normal(y.shape).astype(np.float32)
-    dx, dw, _ = backward(dy, x, w, b, **options)
+    upstream = xp.asarray(dy)
+    dx, dw = map(cr.to_numpy, backward(upstream, *ours, **options)[:2])
 
     seen = cr.add_coords(x) if coords else x
     if transposed:                      # the gradient by x of a convolution, run forward
@@ -321,18 +970,19 @@ def measure(shape, repeats, coords=False):
         error = [largest_error([y - b.reshape(-1, *(1,) * rank)], exact[:1]),
                  largest_error([dx, dw], [exact[1][:, :x.shape[1]], exact[2]])]
 
-    programs = [[lambda: forward(x, w, b, **options)],
-                [lambda: backward(dy, x, w, b, **options)]]
+    programs = [[lambda: forward(*ours, **options)],
+                [lambda: backward(upstream, *ours, **options)]]
     peer = ["coordref"]
     if coords:                          # the same convolution without its coordinates
-        plain = np.ascontiguousarray(w[:, :x.shape[1]])
+        plain = [ours[0], xp.asarray(np.ascontiguousarray(w[:, :x.shape[1]])), ours[2]]
         peer.append("conv")
-        programs[0].append(lambda: cr.conv(x, plain, b, **options))
-        programs[1].append(lambda: cr.conv_backward(dy, x, plain, b, **options))
+        programs[0].append(lambda: cr.conv(*plain, **options))
+        programs[1].append(lambda: cr.conv_backward(upstream, *plain, **options))
     if torch:
         peer.append("torch")
-        tensors = [torch.tensor(a, requires_grad=True) for a in (x, w, b)]
-        upstream, grid = torch.tensor(dy), torch.tensor(seen[:, x.shape[1]:])
+        device = "cpu" if xp is np else "cuda"
+        tensors = [torch.tensor(a, device=device, requires_grad=True) for a in (x, w, b)]
+        gradient, grid = (torch.tensor(a, device=device) for a in (dy, seen[:, x.shape[1]:]))
         function = getattr(torch.nn.functional, f"{shape.op}{rank}d")
 
         def run():
@@ -340,11 +990,11 @@ def measure(shape, repeats, coords=False):
             return function(image, *tensors[1:], **options)
         output = run()
         programs[0].append(run)
-        programs[1].append(lambda: torch.autograd.grad(output, tensors, upstream,
+        programs[1].append(lambda: torch.autograd.grad(output, tensors, gradient,
                                                        retain_graph=True))
     macs = w[0].size * (x.size if transposed else dy.size)
     for i, name in enumerate(("forward", "backward")):
-        seconds = interleaved(programs[i], repeats)
+        seconds = interleaved(programs[i], repeats, xp)
         record = {"shape": shape.name + (" CoordConv" if coords else ""), "pass": name,
                   "seconds": seconds[:, 0].tolist(), "flops": 2 * (1 + i) * macs,
                   "error": float(error[i])}
@@ -355,10 +1005,10 @@ def measure(shape, repeats, coords=False):
         yield record
 
 
-def matmul_peak():
+def matmul_peak(xp=np):
     """GFLOP/s of the best of ten products of 2048 x 2048 float32 matrices."""
-    a = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
-    return 2 * 2048 ** 3 / min(timed(lambda: a @ a)[1] for _ in range(10)) / 1e9
+    a = xp.asarray(np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32))
+    return 2 * 2048 ** 3 / min(timed(lambda: a @ a, xp)[1] for _ in range(10)) / 1e9
 
 
 def line(record, peak):
@@ -380,19 +1030,22 @@ SWEEPS = [
 ]
 
 
-def sweep_records(repeats):
+def both_passes(dy, x, w):
+    cr.conv(x, w, padding=1)
+    cr.conv_backward(dy, x, w, padding=1)
+
+
+def sweep_records(repeats, xp):
     """Time per multiply-add against size, forward and backward together."""
     for name, values, shapes in SWEEPS:
         for n in values:
             say(f"{name} {n}")
             rng = np.random.default_rng(0)
-            x, w = (rng.standard_normal(s).astype(np.float32) for s in shapes(n))
-            dy = rng.standard_normal((len(x), len(w), *x.shape[2:])).astype(np.float32)
-
-            def run():
-                cr.conv(x, w, padding=1)
-                cr.conv_backward(dy, x, w, padding=1)
-            seconds = interleaved([run], repeats)[:, 0]
+            x, w = (xp.asarray(rng.standard_normal(s).astype(np.float32)) for s in shapes(n))
+            dy = xp.asarray(rng.standard_normal((len(x), len(w), *x.shape[2:])).astype(
+                np.float32))
+            run = functools.partial(both_passes, dy, x, w)
+            seconds = interleaved([run], repeats, xp)[:, 0]
             yield {"sweep": name, "size": n, "seconds": seconds.tolist(),
                    "picoseconds_per_mac": 1e12 * float(np.median(seconds)) / (3 * w[0].size
                                                                               * dy.size)}
@@ -402,9 +1055,9 @@ def geometric_mean(values):
     return math.exp(np.mean(np.log(values)))
 
 
-def ops(config):
+def ops(repeats, xp):
     """Every shape as convolution and as CoordConv, then cost against size."""
-    peak, records = matmul_peak(), []
+    peak, records = matmul_peak(xp), []
     print(f"\nmatrix product peak {peak:.0f} GFLOP/s; time over torch, over our own convolution "
           "without coordinates, over SciPy\n\n" + HEADER, flush=True)
     for shape in SHAPES:
@@ -412,7 +1065,7 @@ def ops(config):
             if coords and (shape.op != "conv" or "groups" in shape.options):
                 continue
             say(f"{shape.name}{' CoordConv' if coords else ''}")
-            for record in measure(shape, config.repeats, coords):
+            for record in measure(shape, repeats, xp, coords):
                 say("")
                 print(line(record, peak), flush=True)
                 records.append(record)
@@ -421,7 +1074,7 @@ def ops(config):
         ratios = [r[key] for r in records if key in r]
         if ratios:
             print(f"    {text:22} {geometric_mean(ratios):.2f}, worst {max(ratios):.2f}")
-    sweeps = list(sweep_records(config.repeats))
+    sweeps = list(sweep_records(repeats, xp))
     say("")
     print("\npicoseconds per multiply-add, forward and backward, 3x3 kernels")
     for name, _, _ in SWEEPS:
@@ -433,26 +1086,173 @@ def ops(config):
     return {"peak_gflops": peak, "ops": records, "sweeps": sweeps}
 
 
-def speed_lines(config):
-    """A few shapes of the whole table that ops prints, and the decoder."""
-    peak = matmul_peak()
-    yield HEADER
-    for shape in SHAPES[:1] if config.quick else SHAPES[:1] + SHAPES[3:6:2]:
-        say(f"speed, {shape.name}")
-        for record in measure(shape, config.repeats):
-            yield line(record, peak)
-    say("speed, decode")
-    images = cr.encode(np.random.default_rng(0).integers(0, 64, (4096, 2)), (64, 64))
-    seconds = interleaved([lambda: cr.decode(images), images.sum,
-                           lambda: [listing(image[0]) for image in images[:64]]], config.repeats)
-    ours, _, scipys = np.median(seconds, axis=0)
-    yield (f"decode, 64x64: {1e6 * ours / 4096:.2f} us an image, "
-           f"{64 * np.median(seconds[:, 2] / seconds[:, 0]):.0f} times as fast as the critic's "
-           f"listing by scipy ({1e6 * scipys / 64:.0f} us), at "
-           f"{np.median(seconds[:, 1] / seconds[:, 0]):.2f} of the rate of a sum of the array")
+def convolution_speed(lab, seed):
+    """Some of the shapes that ops measures."""
+    peak, lines = matmul_peak(lab.xp), []
+    for shape in SHAPES[:1] if lab.settings["thin"] > 1 else SHAPES[:1] + SHAPES[3:6:2]:
+        lines += measure(shape, lab.settings["repeats"], lab.xp)
+    ratios = [line["over_torch"] for line in lines if "over_torch" in line]
+    return {"peak_gflops": peak, "lines": lines, "seconds": [s for a in lines
+                                                             for s in a["seconds"]],
+            **({"score": geometric_mean(ratios)} if ratios else {})}
 
 
-# THE TABLE ---------------------------------------------------------------------------------------
+def step_speed(lab, seed):
+    """Training steps of the painter, and the same in torch as its users write it."""
+    net, data, xp, steps = (cr.coordconv_painter(rng=0, xp=lab.xp), lab.data("uniform"), lab.xp,
+                            2)
+    programs = [lambda: cr.train(net, data, task="classification", steps=steps, rng=0)]
+    if torch := peers():
+        device, layers = "cpu" if xp is np else "cuda", []
+        for C, F in ((4, 32), (32, 32), (32, 64), (64, 64), (64, 1)):
+            layers += [torch.nn.Conv2d(C, F, 1), torch.nn.ReLU()]
+        peer = torch.nn.Sequential(*layers[:-1]).to(device)
+        adam = torch.optim.Adam(peer.parameters(), lr=0.005, betas=(0.9, 0.99))
+        grid = torch.tensor(cr.coord_channels((64, 64)), device=device).expand(16, 2, 64, 64)
+        coords = torch.tensor(np.random.default_rng(0).uniform(-1, 1, (16, 2, 1, 1)).astype(
+            np.float32), device=device)
+        labels = torch.arange(16, device=device)
+
+        def run():
+            for _ in range(steps):
+                adam.zero_grad()
+                logits = peer(torch.cat([coords.expand(16, 2, 64, 64), grid], dim=1))
+                torch.nn.functional.cross_entropy(logits.flatten(1), labels).backward()
+                adam.step()
+        programs.append(run)
+    spent = interleaved(programs, lab.settings["repeats"], xp) / steps
+    return {"seconds": spent[:, 0].tolist(),
+            **({"score": float(np.median(spent[:, 0] / spent[:, 1]))} if torch else {})}
+
+
+def decode_speed(lab, seed):
+    coords = np.random.default_rng(0).integers(0, 64, (4096, 2))
+    images = cr.encode(lab.xp.asarray(coords), (64, 64))
+    few = cr.to_numpy(images[:64])
+    spent = interleaved([lambda: cr.decode(images), images.sum,
+                         lambda: [listing(image[0]) for image in few]],
+                        lab.settings["repeats"], lab.xp)
+    return {"seconds": spent[:, 0].tolist(), "of_sum": float(np.median(spent[:, 1] / spent[:, 0])),
+            "score": float(64 * np.median(spent[:, 2] / spent[:, 0]))}
+
+
+# FIGURES -----------------------------------------------------------------------------------------
+
+STYLES = {"relative": ("-", "o", "CoordConv, our start"), "he": ("--", "s", "CoordConv, paper's"),
+          "deconv": (":", "^", "deconvolution"), "salient": ("-", "o", "CoordConv, our start"),
+          "conv": (":", "^", "convolution")}
+
+
+def of_kind(records, *start):
+    return [r for (name, _), r in records.items() if name.startswith("/".join(start))]
+
+
+def figure_time(plt, records):
+    """Test accuracy and IoU against training time, a line for every run."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharey="row", layout="constrained")
+    for line, (task, label) in zip(axes, (("classification", "test accuracy (%)"),
+                                          ("rendering", "test IoU"))):
+        for ax, split in zip(line, SPLITS):
+            seen = set()
+            for r in of_kind(records, task, split):
+                dash, marker, name = STYLES[r["experiment"].split("/")[2].split()[0]]
+                spent, _, values = zip(*r["curve"], (r["seconds"][0], 0, r["score"]))
+                scale = 100 if task == "classification" else 1
+                ax.plot(spent, [scale * v for v in values], dash, marker=marker, color="black",
+                        markersize=4, markerfacecolor="white", linewidth=1,
+                        label=None if name in seen else name)
+                seen.add(name)
+            ax.set(title=f"{task}, {split} split", xscale="log", xlabel="training time (s)")
+            ax.grid(alpha=0.3)
+        line[0].set_ylabel(label)
+    axes[0, 0].legend()
+    figure.suptitle("Score against training time, every run")
+    return figure
+
+
+def figure_positions(plt, records):
+    """Which test positions are right, for a deconvolution, CoordConv and the wired network."""
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6.6), layout="constrained")
+    for line, split in zip(axes, SPLITS):
+        data = cr.not_so_clevr(split)
+        encoder = cr.encoder_network((data.canvas,) * 2)
+        test = data.coords[data.test].astype(np.float32)
+        wired = [{"predicted": cr.decode(cr.forward(encoder, test[:, :, None, None])[0]).tolist()}]
+        for ax, name, runs in zip(line, ("deconvolution", "CoordConv, our start",
+                                         "wired by hand"), (
+                of_kind(records, "classification", split, "deconv"),
+                of_kind(records, "classification", split, "relative"), wired)):
+            share = np.full((data.canvas,) * 2, np.nan)
+            if runs:
+                test = data.coords[data.test][::-(-len(data.test) // len(runs[0]["predicted"]))]
+                right = np.mean([(np.array(r["predicted"]) == test).all(axis=1) for r in runs],
+                                axis=0)
+                share[tuple(test.T)] = 100 * right
+                ax.set_title(f"{name}\n{100 * right.mean():.1f} % right, {len(runs)} runs")
+            image = ax.imshow(share, cmap="gray_r", vmin=-25, vmax=100)
+            ax.set(xlabel="column (pixels)", ylabel=f"{split} split\nrow (pixels)")
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, label="runs that are right (%)")
+    bar.ax.set_ylim(0, 100)
+    figure.suptitle("Test accuracy by position (white: a training position, or none)")
+    return figure
+
+
+def figure_predictions(plt, records):
+    """Predicted positions of the regression at some test positions, first seed."""
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6.6), layout="constrained")
+    for line, split in zip(axes, SPLITS):
+        for ax, kind in zip(line, ("conv", "he", "salient")):
+            ax.set(title=STYLES[kind][2], xlim=(-1, 64), ylim=(64, -1), aspect="equal",
+                   xlabel="column (pixels)", ylabel=f"{split} split\nrow (pixels)")
+            for r in of_kind(records, "regression", split, kind)[:1]:
+                data = cr.not_so_clevr(split)
+                told = np.array(r["predicted"])
+                test = data.coords[data.test][::-(-len(data.test) // len(told))]
+                for (row, col), (row_told, col_told) in zip(test[::9], told[::9]):
+                    ax.plot([col, col_told], [row, row_told], "-", color="0.6", linewidth=0.8)
+                ax.plot(*told[::9, ::-1].T, "x", color="black", markersize=4, label="predicted")
+                ax.plot(*test[::9, ::-1].T, "o", color="black", markersize=3, label="true",
+                        markerfacecolor="white")
+                ax.set_title(f"{STYLES[kind][2]}\n{r['score']:.2f} pixels off, seed {r['seed']}")
+    axes[0, 0].legend(loc="upper right")
+    figure.suptitle("Regression: predicted and true positions, every ninth of the test part")
+    return figure
+
+
+def figure_speed(plt, records):
+    """Time over torch, for shapes of convolution and for the training step."""
+    bars = [(f"{a['shape']}, {a['pass']}", a["over_torch"])
+            for r in of_kind(records, "speed", "convolution") for a in r["lines"]
+            if "over_torch" in a]
+    bars += [("training step of the painter", r["score"])
+             for r in of_kind(records, "speed", "step") if "score" in r]
+    figure, ax = plt.subplots(figsize=(9, 1.5 + 0.4 * len(bars)), layout="constrained")
+    if bars:
+        names, ratios = zip(*bars[::-1])
+        ax.barh(names, ratios, color="0.75", edgecolor="black", hatch="//")
+        ax.axvline(1, color="black", linestyle="--")
+    ax.set(title="Time over torch's (1 is as fast; lower is faster)", xlabel="time / torch's time")
+    return figure
+
+
+def draw(folder, records):
+    """Write every figure to a folder as PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    os.makedirs(folder, exist_ok=True)
+    for make in (figure_time, figure_positions, figure_predictions, figure_speed):
+        figure = make(plt, records)
+        path = os.path.join(folder, make.__name__.removeprefix("figure_") + ".png")
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        print(path)
+
+
+# THE COMMAND -------------------------------------------------------------------------------------
+
+SCHEMA = "coordref bench 1"
+
 
 def processor():
     try:
@@ -463,58 +1263,173 @@ def processor():
         return platform.processor() or platform.machine()
 
 
-def environment():
+def environment(mode, seeds, xp):
     torch = peers()
-    return (f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores; "
-            f"Python {platform.python_version()}, NumPy {np.__version__}, SciPy "
-            f"{scipy.__version__}, torch {torch.__version__ if torch else 'not installed'}, "
-            f"coordref {cr.__version__}")
+    return {"date": time.strftime("%Y-%m-%d"), "processor": processor(), "cores": os.cpu_count(),
+            "python": platform.python_version(), "numpy": np.__version__,
+            "scipy": scipy.__version__, "torch": torch.__version__ if torch else None,
+            "coordref": cr.__version__, "device": "cpu" if xp is np else "gpu", "mode": mode,
+            "seeds": seeds}
 
 
-def main(arguments=None):
+def document(where, table, lab, others=()):
+    """What the file holds: finished rows whole, others with the runs that they have so far."""
+    found = []
+    for row in table:
+        runs = [r for (name, _), r in lab.records.items() if name in row.needs]
+        done = all((name, seed) in lab.records for name in row.needs for seed in lab.seeds(name))
+        measured, verdict = (row.judge(lab.settings, *map(lab.collect, row.needs)) if done
+                             else (None, None))
+        found.append({"id": row.id, "claim": row.claim, "source": row.source,
+                      "measured": measured, "verdict": verdict, "runs": runs})
+    return {"schema": SCHEMA, "environment": where, "rows": [*found, *others]}
+
+
+def read_json(path):
+    with open(path) as file:
+        found = json.load(file)
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not a file of this command: no schema {SCHEMA!r}")
+    return found
+
+
+def compare(old, new):
+    """Lines that tell what changed: verdicts, and figures of which the ranges over the runs do
+    not overlap, where both sides have two runs or more."""
+    before = {row["id"]: row for row in old["rows"]}
+    for row in new["rows"]:
+        was = before.get(row["id"])
+        if was is None or None in (was["verdict"], row["verdict"]):
+            continue
+        if was["verdict"] != row["verdict"]:
+            yield f"{row['id']}: the verdict was {was['verdict']!r}, is {row['verdict']!r}"
+        for name in dict.fromkeys(r["experiment"] for r in row["runs"]):
+            sides = [[r for r in side["runs"] if r["experiment"] == name] for side in (was, row)]
+            for what in ("score", "seconds"):
+                a, b = ([v for r in side for v in np.atleast_1d(r.get(what, []))]
+                        for side in sides)
+                if min(len(a), len(b)) > 1 and (min(a) > max(b) or min(b) > max(a)):
+                    yield (f"{row['id']}: {what} of {name} was {np.median(a):.4g}, is "
+                           f"{np.median(b):.4g}")
+
+
+def seeds(text):
+    """N as the seeds from 0 to N - 1, or FROM:TO as a range."""
+    first, last = re.fullmatch(r"(?:(\d+):)?(\d+)", text).groups()
+    found = list(range(int(first or 0), int(last)))
+    if not found:
+        raise ValueError(text)
+    return found
+
+
+def options():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", choices=("dispute", "ops"), default="dispute",
                         help="the table of verdicts, or the speed of convolution")
-    parser.add_argument("--quick", action="store_true", help="one seed and short trainings")
-    parser.add_argument("--json", metavar="FILE", help="also write what ops measures to a file")
-    config = parser.parse_args(arguments)
-    for name, quick, full in (
-            ("seeds", [0], [0, 1, 2]), ("he_steps", 10, 60), ("patience", 0.3, 10),
-            ("centre_steps", 10, 60), ("render_steps", 3, 60), ("regress_steps", 5, 150),
-            ("repeats", 3, 5)):
-        setattr(config, name, quick if config.quick else full)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--quick", action="store_true", help="one seed and short trainings")
+    mode.add_argument("--full", action="store_true", help="the published lengths, ten seeds; "
+                      "keeps its runs in the JSON file (bench-full.json) and goes on from there")
+    parser.add_argument("--list", action="store_true", help="list the rows and stop")
+    parser.add_argument("--only", metavar="REGEX", default="", help="rows of which the id matches")
+    parser.add_argument("--seeds", type=seeds, metavar="N", help="seeds 0 to N-1, or FROM:TO")
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+    parser.add_argument("--json", metavar="FILE", help="write every figure to a file")
+    parser.add_argument("--compare", metavar="OLD.json", help="tell what changed since OLD.json")
+    parser.add_argument("--figures", metavar="DIR", help="draw the figures (needs matplotlib)")
+    return parser
 
-    start = time.perf_counter()
-    print(environment(), flush=True)
+
+def main(arguments=None):
+    parser = options()
+    config = parser.parse_args(arguments)
+    mode = "quick" if config.quick else "full" if config.full else "default"
+    settings = {**MODES[mode], **({"seeds": config.seeds} if config.seeds else {})}
+    try:
+        every = rows(settings)
+        table = [row for row in every if re.search(config.only, row.id)]
+        old = read_json(config.compare) if config.compare else None
+    except (re.error, OSError, ValueError) as error:
+        parser.error(str(error))
+    if config.figures:
+        try:
+            import matplotlib           # noqa: F401
+        except ImportError:
+            parser.error("--figures needs matplotlib: pip install matplotlib")
+    if config.list or not table:
+        print("\n".join(f"{row.id:24} {row.source}: {row.claim}" for row in table or every))
+        return 0 if table else parser.error(f"--only {config.only!r} matches none of these rows")
+    xp = np if config.device == "cpu" else cr.best_module()
+    if config.device == "gpu" and xp is np:
+        parser.error("--device gpu: CuPy finds no device that answers")
+
+    where = environment(mode, settings["seeds"], xp)
+    print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     if config.what == "ops":
-        found = {"environment": environment(), **ops(config)}
+        found = ops(settings["repeats"], xp)
         if config.json:
-            with open(config.json, "w") as file:
-                json.dump(found, file, indent=1)
+            write_json(config.json, {"environment": where, **found})
         return 0
-    if config.json:
-        parser.error("--json goes with ops")
-    if config.quick:
-        print("shortened trainings: of the verdicts, only those of rows by coordref count")
-    failed = 0
-    print("\n| claim | source | measured here | verdict |\n| --- | --- | --- | --- |", flush=True)
-    for rows in (critic_rows, classification_rows, rendering_rows, regression_rows):
-        for row in rows(config):
-            say("")
-            failed += row.check and row.verdict != "holds"
-            print(f"| {row.claim} | {row.source} | {row.measured} | {row.verdict} |", flush=True)
-    print("\nmedians of alternating runs; time over torch, over SciPy")
-    for line in speed_lines(config):
-        say("")
-        print(line, flush=True)
+
+    path, others, records = config.json or ("bench-full.json" if config.full else None), [], []
+    if path and os.path.exists(path):
+        try:
+            found = read_json(path)
+        except ValueError as error:
+            parser.error(f"--json: {error}")
+        changed = [key for key in where if key != "date"
+                   and found["environment"].get(key) != where[key]]
+        if config.full and changed or not config.full and found["environment"]["mode"] == "full":
+            parser.error(f"--json: {path} holds a run with another "
+                         + ", ".join(changed or ["mode"]) + "; name another file")
+        if config.full:
+            others = [row for row in found["rows"] if row["id"] not in {r.id for r in table}]
+            records = [r for row in found["rows"] for r in row["runs"]]
+
+    lab = Lab(settings, xp, records)
+    if path:
+        lab.keep = lambda: write_json(path, document(where, table, lab, others))
+    start, failed, told = time.perf_counter(), 0, 0
+    try:
+        if config.full or sys.stderr.isatty():
+            estimate(lab, dict.fromkeys(name for row in table for name in row.needs))
+            say()
+        if config.full:
+            print(f"estimated time: {duration(sum(lab.costs.values()))}; stop it at any moment and "
+                  f"start it again, {path} keeps the runs", flush=True)
+        if config.quick:
+            print("shortened trainings: of the verdicts, only those of checks count")
+        print("\n| claim | source | measured here | verdict |\n| --- | --- | --- | --- |",
+              flush=True)
+        for row in table:
+            measured, verdict = row.judge(settings, *map(lab.collect, row.needs))
+            say()
+            failed += row.check and verdict != "holds"
+            told += 1
+            print(f"| {row.claim} | {row.source} | {measured} | {verdict} |", flush=True)
+    except KeyboardInterrupt:
+        say()
+        if path:
+            lab.keep()
+        print(f"\ninterrupted after {told} of {len(table)} rows"
+              + (f"; {path} keeps the runs" if path else ""), flush=True)
+        return 130
+    if path:
+        lab.keep()
+    for r in of_kind(lab.records, "speed", "convolution"):
+        print("\nmedians of alternating runs; time over torch, over SciPy\n" + HEADER)
+        print("\n".join(line(a, r["peak_gflops"]) for a in r["lines"]))
+    if old:
+        changes = list(compare(old, document(where, table, lab)))
+        print("\n" + "\n".join(changes or [f"nothing changed beyond noise since {config.compare}"]))
+    if config.figures:
+        draw(config.figures, lab.records)
     print(f"\n{time.perf_counter() - start:.0f} s in all; "
           + (f"{failed} checks of coordref failed" if failed else "all checks of coordref passed"))
     return 1 if failed else 0
 
 
+EXPERIMENTS = experiments()
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())
