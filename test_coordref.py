@@ -8,13 +8,16 @@ xp run on CuPy arrays too.
 
 import ast
 import doctest
+import importlib.util
 import inspect
 import itertools
 import math
+import operator
 import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +28,268 @@ import coordref
 from coordref import Layer, affine, conv
 
 HERE = Path(coordref.__file__).parent
-CUPY = coordref.best_module()
-CUPY = CUPY if CUPY is not np else None
+GPU = coordref.best_module()
+NO_GPU = ("no device answers through CuPy" if importlib.util.find_spec("cupy")
+          else "CuPy is not installed")
 
 
-@pytest.fixture(params=["numpy", "cupy"])
-def xp(request):
+# THE STAND-IN: a strict CuPy for machines without a GPU ------------------------------------------
+#
+# A module of the host that offers what coordref may use of CuPy, names and keywords, and no more.
+# Its arrays never turn into NumPy arrays or mix with them, and a transfer is refused unless the
+# function that asks for it stands in ASKED. This is stricter than CuPy, which makes some transfers
+# without a word. What it cannot show: kernels, speed, the rounding of cuBLAS.
+
+class Leak(AssertionError):
+    """A use of a device array that CuPy refuses, or pays for with a transfer nobody asked for."""
+
+
+ASKED = {           # upload: an array to the device; get: one to the host; read: a number
+    "best_module": "read", "coordconv_painter": "upload", "decode": "read",
+    "decoder_network": "upload", "encode": "upload read", "encoder_network": "upload",
+    "evaluate": "upload read", "he_normal": "upload", "load": "upload", "_log_softmax": "read",
+    "save": "get", "train": "upload get",
+}
+MOVED = []          # the transfers that the module under test asked for
+DOUBLES = set()     # the functions of that module that made float64 arrays
+
+
+def asker():
+    """The function of the module under test that led here; None where a test did."""
+    frame = sys._getframe(1)
+    here = frame.f_code.co_filename
+    while frame and frame.f_code.co_filename == here:
+        frame = frame.f_back
+    while frame and "array_module" in frame.f_globals:
+        name = frame.f_code.co_name
+        if name in frame.f_globals and name != "to_numpy":      # neither nested nor in between
+            return name
+        frame = frame.f_back
+    return None
+
+
+def transfer(kind):
+    who = asker()
+    if who:
+        MOVED.append(kind)
+        if kind not in ASKED.get(who, ""):
+            raise Leak(f"{who}: {kind} of a device array")
+
+
+def wrap(y):
+    """Results stay on the device, single numbers too."""
+    if isinstance(y, (tuple, list)):
+        return type(y)(map(wrap, y))
+    if y.dtype == np.float64:
+        DOUBLES.add(asker())
+    return DeviceArray(np.asarray(y))
+
+
+def unwrap(a):
+    if isinstance(a, DeviceArray):
+        return a.host
+    if isinstance(a, np.ndarray):
+        raise Leak("Unsupported type <class 'numpy.ndarray'>")
+    return type(a)(map(unwrap, a)) if type(a) in (tuple, list) else a
+
+
+def call(f, args, options):
+    """f of what is behind device arrays. To widen a floating array without astype is refused:
+    on a GPU float64 is slow."""
+    host = [unwrap(a) for a in args]
+    y = f(*host, **{k: unwrap(v) for k, v in options.items()})
+    if isinstance(y, (bool, int, float)):
+        y = np.asarray(y)
+    operands = [v for a in host for v in (a if type(a) in (tuple, list) else [a])]
+    kinds = {v.dtype for v in operands if isinstance(v, (np.ndarray, np.generic))}
+    if isinstance(y, (np.ndarray, np.generic)) and y.dtype.kind == "f" and any(
+            kind.kind == "f" and kind != y.dtype for kind in kinds):
+        raise Leak(f"{f.__name__}: {kinds} became {y.dtype}")
+    return options["out"] if options.get("out") is not None else wrap(y)
+
+
+class DeviceArray:
+    """An array that only the stand-in can read."""
+    __array_ufunc__ = None          # NumPy leaves an operator with a device array to the latter
+    __hash__ = None
+
+    def __init__(self, host):
+        self.host = host
+
+    def __array__(self, *args, **options):
+        raise Leak("Implicit conversion to a NumPy array is not allowed")
+
+    def __repr__(self):
+        return f"<device array {self.dtype} {self.shape}>"
+
+    def __len__(self):
+        return len(self.host)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self.host)))
+
+    def get(self):
+        transfer("get")
+        return self.host.copy()
+
+    def read(self):
+        transfer("read")
+        return self.host
+
+    def key(self, key):
+        """An index: whole numbers, slices and device arrays; those of the host are uploaded."""
+        parts = key if isinstance(key, tuple) else (key,)
+        if any(isinstance(k, (np.ndarray, list)) for k in parts):
+            raise Leak("an index array of the host")
+        return unwrap(key)
+
+    def __getitem__(self, key):
+        if any(k.dtype == bool for k in (key if isinstance(key, tuple) else (key,))
+               if isinstance(k, DeviceArray)):
+            transfer("read")                # of the length of the result
+        return wrap(self.host[self.key(key)])
+
+    def __setitem__(self, key, value):
+        value, kinds = unwrap(value), (self.dtype, getattr(value, "dtype", self.dtype))
+        if kinds[1].kind == "f" and kinds[0] != kinds[1]:
+            raise Leak(f"{kinds[1]} is written into {kinds[0]}")
+        self.host[self.key(key)] = value
+
+    def astype(self, dtype, order="K", casting=None, subok=None, copy=True):
+        return self if self.dtype == dtype and not copy else wrap(self.host.astype(dtype, order))
+
+
+# Names and keywords as in CuPy 14; a test compares them with the wheel where that is installed.
+SURFACE = """
+empty zeros ones: shape, dtype=float, order="C"
+full: shape, fill_value, dtype=None, order="C"
+arange: start, stop=None, step=1, dtype=None
+zeros_like ones_like: a, dtype=None, order="K"
+ascontiguousarray asfortranarray: a, dtype=None
+sum prod mean argmax argmin: a, axis=None, dtype=None, out=None, keepdims=False
+max min any all: a, axis=None, out=None, keepdims=False
+var std: a, axis=None, dtype=None, out=None, ddof=0, keepdims=False
+cumsum cumprod: a, axis=None, dtype=None, out=None
+count_nonzero squeeze flip: a, axis=None
+clip: a, a_min, a_max, out=None
+where: condition, x, y
+concatenate stack: tup, axis=0, out=None, *, dtype=None, casting="same_kind"
+broadcast_to: array, shape
+moveaxis: a, source, destination
+roll: a, shift, axis=None
+take: a, indices, axis=None, out=None
+repeat: a, repeats, axis=None
+tensordot: a, b, axes=2
+dot: a, b, out=None
+unravel_index: indices, dims, order="C"
+matmul add subtract multiply divide true_divide floor_divide remainder power maximum minimum \
+arctan2 hypot logaddexp bitwise_and bitwise_or bitwise_xor left_shift right_shift logical_and \
+logical_or equal not_equal less less_equal greater greater_equal: \
+x1, x2, /, out=None, *, dtype=None, casting="same_kind"
+absolute negative sqrt square exp expm1 log log1p sin cos tanh floor ceil rint trunc sign \
+isfinite isinf isnan invert logical_not reciprocal: \
+x, /, out=None, *, dtype=None, casting="same_kind"
+"""
+
+
+def stand_in():
+    """The module, and the methods of its arrays, all through the functions of the surface."""
+    device = types.ModuleType("cupy")
+    device.ndarray = DeviceArray
+    device.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace())
+
+    def offer(place, name, signature, f):
+        fits, creates = eval(f"lambda {signature}: None"), signature.startswith(("shape", "start"))
+
+        def function(*args, **options):
+            try:
+                fits(*args, **options)
+            except TypeError as error:
+                raise Leak(f"cupy.{name} has another signature: {error}") from None
+            parts = [v for a in args for v in (a if type(a) in (tuple, list) else [a])]
+            if not any(isinstance(v, DeviceArray) for v in parts) and not creates:
+                raise Leak(f"cupy.{name} got no device array")
+            if isinstance(f, np.ufunc) and len(parts) > len(args):
+                raise Leak(f"cupy.{name} takes no lists")
+            if name == "unravel_index":
+                transfer("read")            # it looks for negative indices
+            return call(f, args, options)
+        setattr(place, name, function)
+    for line in SURFACE.strip().splitlines():
+        names, signature = line.split(": ")
+        for name in names.split():
+            offer(device, name, signature, getattr(np, name))
+    offer(device.lib.stride_tricks, "as_strided", "x, shape=None, strides=None",
+          np.lib.stride_tricks.as_strided)
+
+    def asarray(a, dtype=None, order=None):
+        if isinstance(a, DeviceArray):
+            return a.astype(a.dtype if dtype is None else dtype, copy=False)
+        transfer("upload")
+        return wrap(np.array(a, dtype, order=order))
+    device.asarray = device.array = asarray
+
+    def methods(names, make):
+        for name in names.split():
+            setattr(DeviceArray, name, make(name))
+    methods("dtype shape ndim size strides itemsize nbytes flags",
+            lambda name: property(lambda a: getattr(a.host, name)))
+    methods("__float__ __int__ __bool__ __complex__ item tolist",
+            lambda name: lambda a: getattr(a.read(), name)())
+    methods("reshape transpose swapaxes ravel flatten copy view __neg__ __abs__ __invert__",
+            lambda name: lambda a, *args: call(getattr(np.ndarray, name), (a, *args), {}))
+    methods("all any argmax argmin clip cumprod cumsum dot max mean min prod repeat squeeze std "
+            "sum take var", lambda name: getattr(device, name))
+    def operation(name, reflected=False, in_place=False):
+        f = getattr(operator, name)
+
+        def operate(a, b):
+            if isinstance(b, (tuple, list)):
+                raise Leak(f"{name} takes no lists")
+            y = call(f, (b, a) if reflected else (a, b), {})
+            return a if in_place else y
+        return operate
+    for name in ("add sub mul truediv floordiv mod pow matmul and or xor lshift rshift "
+                 "lt le gt ge eq ne").split():
+        setattr(DeviceArray, f"__{name}__", operation(f"__{name}__"))
+        if hasattr(operator, f"__i{name}__"):
+            setattr(DeviceArray, f"__r{name}__", operation(f"__{name}__", reflected=True))
+            setattr(DeviceArray, f"__i{name}__", operation(f"__i{name}__", in_place=True))
+    return device
+
+
+STAND_IN = stand_in()
+
+
+@pytest.fixture(params=["numpy", "stand-in", "cupy"])
+def xp(request, monkeypatch):
+    """The array module: NumPy, the stand-in for CuPy, and CuPy itself where a device answers."""
     if request.param == "numpy":
         return np
-    if CUPY is None:
-        pytest.skip("no GPU answers through CuPy")
-    return CUPY
+    if request.param == "cupy":
+        if GPU is np:
+            pytest.skip(NO_GPU)
+        return GPU
+    monkeypatch.setitem(sys.modules, "cupy", STAND_IN)
+    return STAND_IN
+
+
+def on(xp, value):
+    """The arrays in it moved to the module xp."""
+    if isinstance(value, np.ndarray):
+        return xp.asarray(value)
+    if isinstance(value, dict):
+        return {k: on(xp, v) for k, v in value.items()}
+    if isinstance(value, Layer):
+        return Layer(value.op, on(xp, value.params), on(xp, value.options))
+    return type(value)(on(xp, v) for v in value) if type(value) in (list, tuple) else value
+
+
+def host(value):
+    """The arrays in it as NumPy arrays."""
+    if isinstance(value, (list, tuple)):
+        return [host(v) for v in value]
+    return coordref.to_numpy(value) if hasattr(value, "strides") else np.asarray(value)
 
 
 def normal(seed, *shape, dtype=np.float64, xp=np):
