@@ -126,21 +126,28 @@ def array_module(*arrays):
     """
     cupy = sys.modules.get("cupy")
     device_array = getattr(cupy, "ndarray", ())     # () while cupy is absent or half imported
-    modules = []
     for a in arrays:
-        if isinstance(a, np.ndarray):
-            modules.append(np)
-        elif isinstance(a, device_array):
-            modules.append(cupy)
-        else:
+        if not isinstance(a, (np.ndarray, device_array)):
             raise TypeError(f"array_module: wants NumPy or CuPy arrays, got {_kind(a)}; "
                             "numpy.asarray converts")
-    if not modules:
+    if not arrays:
         raise TypeError("array_module: wants at least one array, got none")
-    if any(m is not modules[0] for m in modules):
-        raise TypeError("array_module: got NumPy and CuPy arrays in one call; "
-                        "cupy.asarray(a) moves one to the GPU, to_numpy(a) to the host")
-    return modules[0]
+    return _one_module("array_module", **{f"array {i}": a for i, a in enumerate(arrays)})
+
+
+def _xp(a):
+    """The module of an array that was checked before."""
+    return np if isinstance(a, np.ndarray) else sys.modules["cupy"]
+
+
+def _one_module(fn, **arrays):
+    modules = {name: _xp(a) for name, a in arrays.items()}
+    first, *others = modules.values()
+    if any(module is not first for module in others):
+        raise TypeError(f"{fn}: NumPy and CuPy arrays do not mix, got "
+                        + ", ".join(f"{name} {m.__name__}" for name, m in modules.items())
+                        + "; cupy.asarray(a) moves one to the GPU, to_numpy(a) to the host")
+    return first
 
 
 def best_module():
@@ -156,11 +163,6 @@ def best_module():
 def to_numpy(a):
     """The array on the host: a itself if it is a NumPy array, else a copy of the CuPy array."""
     return a if array_module(a) is np else a.get()
-
-
-def _xp(a):
-    """The module of an array that was checked before."""
-    return np if isinstance(a, np.ndarray) else sys.modules["cupy"]
 
 
 def _kind(value):
@@ -263,10 +265,7 @@ def _arrays(fn, optional=(), **arrays):
     if len({a.dtype for a in arrays.values()}) > 1:
         raise TypeError(f"{fn}: arrays must share a dtype, got "
                         + ", ".join(f"{k} {a.dtype}" for k, a in arrays.items()))
-    try:
-        return array_module(*arrays.values())
-    except TypeError as error:
-        raise TypeError(f"{fn}: {', '.join(arrays)}: {error}") from None
+    return _one_module(fn, **arrays)
 
 
 def _same_shape(fn, name, a, shape, what):
@@ -834,7 +833,7 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
     for n, m, K, s, d, (before, _) in zip(size, geo.out, geo.kernel, geo.stride, geo.dilation,
                                           geo.pads):
         g, found = math.gcd(s, d), []
-        for p in range(min(s, n)):
+        for p in range(min(s, n) or 1):             # one phase for an axis of no length too
             taps = [k for k in reversed(range(K)) if (p + before - k * d) % s == 0]
             lead, out = taps and (taps[0] * d - p - before) // s, len(range(p, n, s))
             found.append((slice(p, None, s), taps, d // g, out, taps and (
@@ -1514,9 +1513,12 @@ def softmax_backward(dy, x):
     return _narrow(x.dtype, dx.reshape(x.shape))[0]
 
 
-def _scalar(fn, dy):
-    if not isinstance(dy, Real) and getattr(dy, "shape", None) != ():
-        raise TypeError(f"{fn}: dy, the gradient by the loss, must be a number, got {dy!r}")
+def _scalar(fn, dy, **array):
+    """The gradient by a loss of the array: a number, or an array of no dimensions beside it."""
+    if not isinstance(dy, Real):
+        if getattr(dy, "shape", None) != ():
+            raise TypeError(f"{fn}: dy, the gradient by the loss, must be a number, got {dy!r}")
+        _one_module(fn, dy=dy, **array)
     return dy
 
 
@@ -1528,7 +1530,7 @@ def _log_softmax(fn, logits, target):
     if not N:
         raise ValueError(f"{fn}: logits must hold at least one example, got {logits.shape}")
     if getattr(target, "dtype", np.dtype(float)).kind in "iu":
-        array_module(logits, target)
+        _one_module(fn, logits=logits, target=target)
         if target.shape != (N,):
             raise ValueError(f"{fn}: target must hold one label for each of {N} examples, got "
                              f"target.shape={target.shape}")
@@ -1577,7 +1579,7 @@ def softmax_cross_entropy_backward(dy, logits, target):
     dy : number; the rest as in softmax_cross_entropy. Returns dlogits, dtarget.
     """
     fn = "softmax_cross_entropy_backward"
-    dy = _scalar(fn, dy)
+    dy = _scalar(fn, dy, logits=logits)
     log_p, t = _log_softmax(fn, logits, target)
     xp, N = _xp(logits), logits.shape[0]
     dlogits = (xp.exp(log_p) * t.sum(axis=1, keepdims=True) - t) * (dy / N)
@@ -1623,7 +1625,7 @@ def sigmoid_cross_entropy_backward(dy, logits, target):
     """
     fn = "sigmoid_cross_entropy_backward"
     xp, z, t = _pair(fn, logits, target, "logits")
-    dy = _scalar(fn, dy) / z.size
+    dy = _scalar(fn, dy, logits=logits) / z.size
     sigmoid = (1 + xp.tanh(z / 2)) / 2                  # overflows on neither side
     return _narrow(logits.dtype, (sigmoid - t) * dy, z * -dy)
 
@@ -1638,7 +1640,7 @@ def mean_squared_error_backward(dy, y, target):
     """dy_ = 2 * dy / size * (y - target), dtarget = -dy_. dy : number. Returns dy_, dtarget."""
     fn = "mean_squared_error_backward"
     _, a, t = _pair(fn, y, target, "y")
-    slope = (a - t) * (2 * _scalar(fn, dy) / a.size)
+    slope = (a - t) * (2 * _scalar(fn, dy, y=y) / a.size)
     return _narrow(y.dtype, slope, -slope)
 
 

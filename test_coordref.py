@@ -8,6 +8,7 @@ on a strict stand-in for CuPy, and on CuPy itself where a GPU answers.
 
 import ast
 import doctest
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -52,7 +53,6 @@ ASKED = {           # upload: an array to the device; get: one to the host; read
 }
 MOVED = []          # the transfers that the module under test asked for
 DOUBLES = set()     # the functions of that module that made float64 arrays
-FLOATS = {np.dtype(f"f{size}") for size in (2, 4, 8)}
 
 
 def asker():
@@ -96,15 +96,14 @@ def unwrap(a):
 
 
 def call(f, args, options):
-    """f of what is behind device arrays. To widen a floating array without astype is refused:
-    on a GPU float64 is slow."""
+    """f of what is behind device arrays. To widen an array to float64 without astype is refused:
+    on a GPU that is slow."""
     args = unwrap(args)
     y = f(*args, **{k: unwrap(v) for k, v in options.items()})
-    kind = getattr(y, "dtype", None)
-    if kind in FLOATS:
-        for a in (*args, *(args[0] if type(args[0]) in (tuple, list) else ())):
-            if isinstance(a, (np.ndarray, np.generic)) and a.dtype != kind and a.dtype in FLOATS:
-                raise Leak(f"{f.__name__}: {a.dtype} became {kind}")
+    operands = (*args, *(args[0] if type(args[0]) in (tuple, list) else ()))
+    kinds = [getattr(a, "dtype", None) for a in (y, *operands)]
+    if np.float64 in kinds and (np.float32 in kinds or np.float16 in kinds) and kinds[0] != bool:
+        raise Leak(f"{f.__name__}: float64 meets float32 or float16")
     return options["out"] if options.get("out") is not None else wrap(y)
 
 
@@ -540,6 +539,129 @@ def test_the_oracle_rejects_planted_errors(change):
     close(conv(x, w), wanted, terms=18)
     with pytest.raises(AssertionError):
         close(conv(*change(x, w)), wanted, terms=18)
+
+
+# PROPERTIES: random shapes of whole numbers, so that equality is exact whatever the order ---------
+
+def random_case(seed):
+    """Sizes, dtype and options of a convolution of rank 1 to 3; axes of no length are among them.
+    The image is chosen by what it leaves: N, C, F, G, size, kernel, options, out, dtype."""
+    rng = np.random.default_rng(seed)
+    rank, G = int(rng.integers(1, 4)), int(rng.choice([1, 1, 2, 3]))
+    kernel, stride, dilation = (tuple(map(int, rng.integers(1, high, rank)))
+                                for high in rng.choice([2, 3, 4], 3))
+    pads = tuple(tuple(map(int, pair)) for pair in rng.integers(0, rng.choice([1, 3, 6]), (rank, 2)))
+    out = tuple(map(int, rng.integers(1, (24, 8, 4)[rank - 1], rank)))
+    size = tuple(max(0, (o - 1) * s + (k - 1) * d + 1 - p - q + int(rng.integers(0, s)))
+                 for o, s, k, d, (p, q) in zip(out, stride, kernel, dilation, pads))
+    out = tuple((n + p + q - (k - 1) * d - 1) // s + 1
+                for n, s, k, d, (p, q) in zip(size, stride, kernel, dilation, pads))
+    N, C, F = (int(i) for i in rng.integers((0, 0, 0), 4) * (1, G, G))
+    dtype = rng.choice([np.float16, np.float32, np.float64])
+    options = {"stride": stride, "padding": pads, "dilation": dilation}
+    return rng, (N, C, *size), (F, C // G, *kernel), (N, F, *out), G, options, dtype
+
+
+def random_array(rng, shape, dtype, xp, special=False):
+    """Small whole numbers, some of them NaN or infinite if asked for, in one of five orders of
+    memory, read-only where the module knows that."""
+    a = rng.integers(-2, 3, shape).astype(dtype)
+    if special and a.size:
+        a.flat[rng.integers(0, a.size, 2)] = rng.choice([np.nan, np.inf, -np.inf], 2)
+    a, order = xp.asarray(a), rng.integers(5)
+    if order == 1:
+        a = xp.asfortranarray(a)
+    elif order == 2:                                                    # reversed in memory
+        a = xp.ascontiguousarray(a[..., ::-1])[..., ::-1]
+    elif order == 3:                                                    # every other element
+        wide = xp.zeros((*shape[:-1], 2 * shape[-1]), dtype)
+        wide[..., ::2] = a
+        a = wide[..., ::2]
+    elif order == 4 and len(shape) > 1:                                 # channels last
+        a = xp.moveaxis(xp.ascontiguousarray(xp.moveaxis(a, 1, -1)), -1, 1)
+    if xp in (np, STAND_IN):
+        getattr(a, "host", a).flags.writeable = False
+    return a
+
+
+def by_taps(x, w, y, G, options):
+    """The definition, one tap of the kernel at a time: y, and dx and dw for dy = y, in float64."""
+    x, w, dy = (host(a).astype(float) for a in (x, w, y))
+    pads = ((0, 0), (0, 0), *options["padding"])
+    x = np.pad(x, pads)
+    y, dx, dw = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape)
+    F, C, axes = w.shape[0] // G, w.shape[1], (0, *range(2, x.ndim))
+    for tap in np.ndindex(*w.shape[2:]):
+        seen = tuple(slice(k * d, k * d + (n - 1) * s + 1, s) for k, d, n, s in
+                     zip(tap, options["dilation"], y.shape[2:], options["stride"]))
+        for g in range(G):
+            f, c = slice(g * F, (g + 1) * F), slice(g * C, (g + 1) * C)
+            part, weights = x[(slice(None), c, *seen)], w[(f, slice(None), *tap)]
+            y[:, f] += np.einsum("nc...,fc->nf...", part, weights)
+            dx[(slice(None), c, *seen)] += np.einsum("nf...,fc->nc...", dy[:, f], weights)
+            dw[(f, slice(None), *tap)] = np.tensordot(dy[:, f], part, (axes, axes))
+    inside = tuple(slice(p, n - q) for n, (p, q) in zip(x.shape, pads))
+    return y, dx[inside], dw
+
+
+def exact(found, wanted, dtype):
+    for a, b in zip(found, wanted):
+        assert a.dtype == dtype and a.shape == b.shape
+        assert np.array_equal(host(a), b.astype(dtype), equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")         # inf - inf is NaN, as it should be
+@pytest.mark.parametrize("block", range(10))
+def test_properties_of_random_convolutions(block, xp):
+    """Definition, gradients, adjoint identity, dtype, any order of memory, no axis too short, NaN
+    and infinity as arithmetic has them; and nothing writes to an argument."""
+    for seed in range(100 * block, 100 * block + (20 if xp is STAND_IN else 100)):
+        rng, x, w, y, G, options, dtype = random_case(seed)
+        special = seed % 4 == 0
+        x, dy = (random_array(rng, s, dtype, xp, special) for s in (x, y))
+        w, b = (random_array(rng, s, dtype, xp) for s in (w, w[:1]))
+        kept = [host(a).copy() for a in (x, w, b, dy)]
+        y = conv(x, w, b, groups=G, **options)
+        dx, dw, db = coordref.conv_backward(dy, x, w, b, groups=G, **options)
+        wanted = by_taps(x, w, dy, G, options)
+        bias = host(b).astype(float).reshape(-1, *(1,) * (x.ndim - 2))
+        sums = host(dy).astype(float).sum(axis=(0, *range(2, x.ndim)))
+        exact((y, dx, dw, db), (wanted[0] + bias, *wanted[1:], sums), dtype)
+        if not special and dtype != np.float16:
+            assert dot(x, dx) == dot(w, dw) == dot(y, dy) - dot(b, db)
+        for a, before in zip((x, w, b, dy), kept):
+            assert np.array_equal(host(a), before, equal_nan=True)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_properties_of_random_transposed_and_coordinate_convolutions(block, xp):
+    for seed in range(100 * block, 100 * block + (20 if xp is STAND_IN else 100)):
+        rng, x, w, y, G, options, dtype = random_case(seed)
+        # the gradient of a convolution, so the image takes the place of the output
+        if min(x[2:]) and min(y[2:]):
+            dy, image, w_ = (random_array(rng, s, dtype, xp) for s in (y, x, w))
+            skipped = tuple((n + p + q - (k - 1) * d - 1) % s for n, (p, q), k, d, s in zip(
+                x[2:], options["padding"], w[2:], options["dilation"], options["stride"]))
+            more = {**options, "groups": G, "output_padding": skipped}
+            _, dx, dw = by_taps(image, w_, dy, G, options)
+            wanted = by_taps(image, w_, dy, G, options)[0]
+            exact([coordref.conv_transpose(dy, w_, **more)], [dx], dtype)
+            exact(coordref.conv_transpose_backward(image, dy, w_, **more)[:2], [wanted, dw], dtype)
+        if not min(x[2:]):
+            continue
+        # coordinates in pixels are whole numbers; w takes them after the channels
+        tiled, size, rank = seed % 2, x[2:], len(x) - 2
+        image = random_array(rng, x[:2] + (1,) * rank if tiled else x, dtype, xp)
+        w_ = random_array(rng, (y[1], x[1] + rank, *w[2:]), dtype, xp)
+        dy = random_array(rng, y, dtype, xp)
+        more = {**options, "scale": "pixel", **({"size": size} if tiled else {})}
+        coords = np.broadcast_to(np.indices(size), (x[0], rank, *size))
+        joined = np.concatenate([np.broadcast_to(host(image), x), coords], axis=1)
+        wanted, dx, dw = by_taps(joined, w_, dy, 1, options)
+        dx = dx[:, :x[1]]
+        dx = dx.sum(axis=tuple(range(2, rank + 2)), keepdims=True) if tiled else dx
+        exact([coordref.coord_conv(image, w_, **more)], [wanted], dtype)
+        exact(coordref.coord_conv_backward(dy, image, w_, **more)[:2], [dx, dw], dtype)
 
 
 # COORDINATES -------------------------------------------------------------------------------------
@@ -1331,31 +1453,202 @@ def test_bad_input_gets_a_sentence(name, args, options, error, named, xp):
     assert re.search(rf"\b{re.escape(named)}\b", message) and len(message) > 25, message
 
 
-def test_mixed_arrays_are_refused_with_the_way_out(monkeypatch):
-    """Each array in its turn on the other side, of every public function with two or more."""
-    monkeypatch.setitem(sys.modules, "cupy", STAND_IN)
-    calls = [(name, *case) for name, shapes, options in PAIRS for case in (
-        ([normal(i, *s) for i, s in enumerate(shapes)], options),)]
-    for name, arrays, options in list(calls):
+# THE DEVICE --------------------------------------------------------------------------------------
+
+def every_pair(dtype, xp=np):
+    """Each differentiable function and its gradient, with arguments: name, arrays, options."""
+    for name, shapes, options in PAIRS:
+        arrays = [normal(i, *s, dtype=dtype) for i, s in enumerate(shapes)]
+        options = {k: v.astype(dtype) if isinstance(v, np.ndarray) else v
+                   for k, v in options.items()}
         y = np.asarray(getattr(coordref, name)(*arrays, **options))
-        calls.append((name + "_backward", [y, *arrays], options))
-    vector, labels = np.ones(3), np.array([0, 2])
-    calls += [("adam_step", [vector] * 4 + [1], {}), ("array_module", [vector] * 2, {}),
-              ("softmax_cross_entropy", [normal(0, 2, 3), labels], {}),
-              ("softmax_cross_entropy_backward", [1.0, normal(0, 2, 3), labels], {}),
-              ("forward", [NET, np.ones((1, 2, 1, 1), np.float32)], {}),
-              ("train", [NET, SMALL], {"task": "classification"}),
-              ("evaluate", [NET, SMALL], {"task": "classification"})]
+        yield name, on(xp, arrays), on(xp, options)
+        yield name + "_backward", on(xp, [y, *arrays]), on(xp, options)
+
+
+def test_mixed_arrays_are_refused_with_the_way_out(monkeypatch):
+    """Each array in its turn on the other side, of every function that takes two or more."""
+    monkeypatch.setitem(sys.modules, "cupy", STAND_IN)
+    logits, labels, vector = normal(0, 2, 3), np.array([0, 2]), np.ones(3)
+    calls = [*every_pair(np.float64), ("array_module", [vector, vector], {}),
+             ("adam_step", [vector, vector, vector, vector, 1], {}),
+             ("softmax_cross_entropy", [logits, labels], {}),
+             ("softmax_cross_entropy_backward", [1.0, logits, labels], {})]
     for name, args, options in calls:
-        slots = [(options, k) for k, v in options.items() if isinstance(v, np.ndarray)]
-        slots += [(args, i) for i, v in enumerate(args) if isinstance(v, np.ndarray)]
-        slots += [(NET[2].params, 1)] if NET in args else []
-        assert len(slots) > 1 or len(args) == 1 or isinstance(args[0], float), name
-        for place, i in slots if len(slots) > 1 else ():
-            kept, place[i] = place[i], STAND_IN.asarray(place[i])
-            with pytest.raises(TypeError, match=r"NumPy and CuPy.*cupy\.asarray.*to_numpy"):
-                getattr(coordref, name)(*args, **options)
-            place[i] = kept
+        named = {**dict(enumerate(args)), **options}
+        places = [k for k, v in named.items() if isinstance(v, np.ndarray)]
+        for place in places if len(places) > 1 else ():
+            moved = {**named, place: STAND_IN.asarray(named[place])}
+            with pytest.raises(TypeError, match=name + r": .*cupy\.asarray.*to_numpy"):
+                getattr(coordref, name)(*(moved[i] for i in range(len(args))),
+                                        **{k: moved[k] for k in options})
+    w, b = NET[2].params
+    mixed = [*NET[:2], NET[2]._replace(params=[STAND_IN.asarray(w), b]), *NET[3:]]
+    for call in (lambda: coordref.train(mixed, SMALL, task="classification"),
+                 lambda: coordref.evaluate(mixed, SMALL, task="classification"),
+                 lambda: coordref.forward(mixed, np.ones((1, 2, 1, 1), np.float32))):
+        with pytest.raises(TypeError, match=r"cupy\.asarray.*to_numpy"):
+            call()
+
+
+def test_scripts_get_a_gpu_only_where_one_answers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", STAND_IN)
+    assert coordref.best_module() is STAND_IN
+    broken = types.ModuleType("cupy")
+    broken.ones = lambda shape: 1 / 0               # a device that is listed and does not work
+    for module in (None, broken, types.ModuleType("cupy")):
+        monkeypatch.setitem(sys.modules, "cupy", module)
+        assert coordref.best_module() is np
+
+
+def walk(module):
+    """Every public function of the module on the device: no transfer but those in ASKED, nothing
+    refused, results on the device and of the input's dtype, float64 for coordinates only."""
+    for name, args, options in [*every_pair(np.float16, STAND_IN),
+                                *every_pair(np.float32, STAND_IN)]:
+        MOVED.clear(), DOUBLES.clear()
+        results = getattr(module, name)(*args, **options)
+        for y in results if isinstance(results, tuple) else (results,):
+            assert y is None or (type(y) is DeviceArray and y.dtype == args[-1].dtype), name
+        assert not MOVED and DOUBLES <= {"axis_coords", "coord_channels"}, (name, DOUBLES)
+    data = module.not_so_clevr(canvas=12, square=3)
+    for task, make in (("classification", module.coordconv_painter),
+                       ("rendering", module.coordconv_renderer),
+                       ("regression", module.coordconv_regressor)):
+        net = make(size=(12, 12), rng=0, xp=STAND_IN)
+        for steps in (2, 4):
+            MOVED.clear(), DOUBLES.clear()
+            net, _ = module.train(net, data, task=task, steps=steps, batch_size=5, rng=1)
+            # up to the device: the positions, their order in the epoch; back: the losses
+            assert MOVED == ["upload", "upload", "get"], MOVED
+            assert DOUBLES <= {"axis_coords", "coord_channels", "_unit", "_example"}, DOUBLES
+        assert all(type(p) is DeviceArray for layer in net for p in layer.params)
+        assert isinstance(module.evaluate(net, data, task=task), float)
+    MOVED.clear()
+    image = module.encode(STAND_IN.asarray(np.array([[1, 2], [0, 3]])), (3, 4))
+    assert image.dtype == np.float32 and type(module.decode(image)) is DeviceArray
+    logits, labels = STAND_IN.ones((2, 3), np.float32), STAND_IN.asarray(np.array([0, 2]))
+    assert type(module.softmax_cross_entropy(logits, labels)) is DeviceArray
+    assert MOVED.count("upload") == 2 and "get" not in MOVED, MOVED
+    net = module.conv_regressor("quadrant", rng=0, xp=STAND_IN)[:6]
+    module.forward(net, STAND_IN.ones((1, 1, 12, 12), np.float32))
+    net = module.renderer_network((5, 6), 3, xp=STAND_IN)
+    module.forward(net, STAND_IN.ones((2, 2, 1, 1), np.float32))
+    zeros = STAND_IN.zeros(3, np.float32)
+    assert all(a.dtype == np.float32 for a in module.adam_step(zeros, zeros, zeros, zeros, 1))
+
+
+LEAKS = [       # what goes wrong, the text in the module, the text instead
+    ("a NumPy buffer", '_module("coord_channels", xp).empty(', "np.empty("),
+    ("a NumPy linspace", "i = xp.arange(n, dtype=np.float64)", "i = np.linspace(0, n - 1, n)"),
+    ("where=", "maximum(x, y, out=y)", "maximum(x, y, out=y, where=x > 0)"),
+    ("writeable=", "strided(x, *zip(*axes))", "strided(x, *zip(*axes), writeable=False)"),
+    ("sliding_window_view", "(x).lib.stride_tricks.as_strided",
+     "(x).lib.stride_tricks.sliding_window_view"),
+    ("initial=", "_pixels(x).max(axis=2)", "_pixels(x).max(axis=2, initial=-math.inf)"),
+    ("float(loss) per step", "losses.append(loss)", "losses.append(float(loss))"),
+    ("the loss to the host per step", "losses.append(loss)", "losses.append(to_numpy(loss))"),
+    ("the data set uploaded per step", "batch = points[", "batch = xp.asarray(data.coords)["),
+    ("a constant uploaded per step", "marks = (abs(xp.arange(n)",
+     "marks = (abs(xp.asarray(np.arange(n))"),
+    ("a test on an array", "if max(geo.stride) == 1:", "if max(geo.stride) == 1 and dy.any():"),
+    ("a sum on the host", "return _narrow(x.dtype, _pixels(wide).sum(axis=2))[0]",
+     "return to_numpy(wide).sum(axis=tuple(range(2, x.ndim)))"),
+    ("numpy.asarray", "    pixels = _pixels(dy)\n", "    pixels = np.asarray(_pixels(dy))\n"),
+    ("an index of the host", "part[xp.arange(len(part)), hot]",
+     "part[np.arange(len(part)), hot]"),
+    ("a NumPy ufunc", "y = xp.exp(z - z.max", "y = np.exp(z - z.max"),
+    ("a mask for an index", "waiting &= ~wins", "waiting[wins] = False; dy[wins]"),
+    ("add.at", "dx[tap] += share", "xp.add.at(dx, tap, share)"),
+    ("a name that CuPy lacks", "rstd = 1 / xp.sqrt(var + eps)",
+     "rstd = 1 / xp.emath.sqrt(var + eps)"),
+    ("float64 by default", "y = xp.full((*x.shape[:2], *geo.out), -math.inf, x.dtype)",
+     "y = xp.full((*x.shape[:2], *geo.out), -math.inf)"),
+    ("float64 by a NumPy number", "y / math.prod(geo.kernel)", "y / np.prod(geo.kernel, dtype=float)"),
+    ("float64 in between", "a.astype(np.float32) if a is not None and a.dtype == np.float16 else a",
+     "a.astype(np.float64) if a is not None else a"),
+]
+
+
+@pytest.mark.parametrize("leak", [None, *LEAKS], ids=lambda leak: leak[0] if leak else "no leak")
+def test_the_file_stays_on_the_device_and_every_planted_leak_is_caught(leak, monkeypatch):
+    _, old, new = leak or ("", "", "")
+    text = Path(coordref.__file__).read_text()
+    assert old in text
+    module = types.ModuleType("planted")
+    monkeypatch.setitem(sys.modules, "planted", module)
+    monkeypatch.setitem(sys.modules, "cupy", STAND_IN)
+    exec(compile(text.replace(old, new), "planted.py", "exec"), module.__dict__)
+    if leak is None:
+        walk(module)                        # the file as it is
+    else:
+        with pytest.raises((AssertionError, AttributeError, TypeError)):
+            walk(module)
+
+
+def test_the_transfers_of_a_training_do_not_grow_with_its_steps(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", STAND_IN)
+    net, moved = small_painter(xp=STAND_IN), {}
+    for steps in (3, 30, 75):               # 3 and 30 steps in one epoch, 75 in two
+        MOVED.clear()
+        train_small(net=net, steps=steps, batch_size=2)
+        moved[steps] = MOVED.copy()
+    assert moved[3] == moved[30] == ["upload", "upload", "get"]
+    assert moved[75] == ["upload", "upload", "upload", "get"]
+
+
+def accepted(function):
+    """The keywords that a function of CuPy takes, or None where only a call could tell."""
+    if type(function).__name__ == "ufunc":
+        return {"out", "dtype", "casting"}
+    try:
+        parameters = inspect.signature(function).parameters.values()
+        wild = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return None if wild else {p.name for p in parameters}
+    except (TypeError, ValueError):         # compiled: the signature is the first line of the text
+        return set(re.findall(r"(\w+)[=,)]", (function.__doc__ or "").partition("\n")[0]))
+
+
+def unknown_to_cupy(text, cupy):
+    """Names of the module and keywords of its functions and methods that CuPy does not have."""
+    unknown = []
+    for node in ast.walk(ast.parse(text)):
+        function = getattr(node, "func", node)
+        used, names, root = {k.arg for k in getattr(node, "keywords", ())}, [], function
+        while isinstance(root, ast.Attribute):
+            names.insert(0, root.attr)
+            root = root.value
+        if not names:
+            continue
+        root = getattr(getattr(root, "func", root), "id", None)         # _xp(x).exp is xp.exp
+        if root in ("xp", "_xp", "_arrays", "_module", "array_module"):
+            try:
+                found = functools.reduce(getattr, names, cupy)
+            except AttributeError:
+                unknown.append((node.lineno, ".".join(names)))
+                continue
+        else:                                                           # perhaps a method
+            found = None if root == "np" else getattr(cupy.ndarray, names[-1], None)
+        if found is not None and used - (accepted(found) or used):
+            unknown.append((node.lineno, ".".join(names), used))
+    return unknown
+
+
+def test_every_name_and_keyword_exists_in_cupy():
+    """Of the file, and of the stand-in, against the wheel; that needs no device."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    assert unknown_to_cupy(Path(coordref.__file__).read_text(), cupy) == []
+    planted = ["xp.block([x])", "xp.sum(x, where=m)", "x.sum(1).max(initial=0)", "xp.emath.sqrt",
+               "_xp(x).maximum(x, y, where=m)", "xp.linalg.vecdot", "x.copy(subok=True)",
+               "xp.lib.stride_tricks.as_strided(x, writeable=False)"]
+    found = {line for line, *_ in unknown_to_cupy("\n".join(planted), cupy)}
+    assert found == set(range(1, len(planted) + 1))
+    for line in SURFACE.strip().splitlines():
+        names, signature = line.split(": ")
+        ours = accepted(eval(f"lambda {signature}: None")) - {"a", "x", "x1", "x2", "tup"}
+        for name in names.split():
+            theirs = accepted(getattr(cupy, name))
+            assert ours <= theirs, (name, ours - theirs)
 
 
 # THE FILE ITSELF ---------------------------------------------------------------------------------
