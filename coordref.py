@@ -806,8 +806,8 @@ def _correlate(x, w, geo, base=None, last=False):
             _product(w, columns, points)
         if base is not None:
             target += base[(slice(None), *block[1:])]
-    _spread(xp, fill, _blocks(len(x), geo.out,
-                              x.itemsize * max(K * G // geo.kernel[-2], F)))
+    shared = 1 if merge or geo.dilation[-2] > 1 else -(-geo.kernel[-2] // geo.stride[-2])
+    _spread(xp, fill, _blocks(len(x), geo.out, x.itemsize * max(K * G // shared, F)))
     return result
 
 
@@ -879,8 +879,9 @@ def _correlate_dw(dy, x, geo, shape):
             part = columns @ part.reshape(*outer, 1, points // run, run, F)
             dw += part.sum(axis=(*range(1, len(outer)), -3)).reshape(G, K, F)
         return dw
+    shared = 1 if merge or geo.stride[-2] > 1 else geo.kernel[-2]
     blocks = _blocks(len(x), geo.out, x.itemsize * max(
-        K * G if merge else K * G // geo.kernel[-2], F * G,
+        K * G // shared, F * G,
         K * F * G // min(512, math.prod(geo.out[-2:]))), math.inf)
     # two to eight sums, whatever the number of cores, so that the rounding does not depend on it
     sums = min(len(blocks), max(2, min(8, _BLOCK // max(1, x.itemsize * K * F * G))))
