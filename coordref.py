@@ -212,12 +212,21 @@ def _flag(fn, name, value):
     return bool(value)
 
 
+_MOST = 2 ** 46         # float16 numbers in all the memory that a process can address
+
+
+def _possible(fn, name, size):
+    if math.prod(size) > _MOST:
+        raise ValueError(f"{fn}: {name} asks for {size}, more than any memory holds")
+    return size
+
+
 def _size(fn, size):
     if not isinstance(size, (tuple, list)):
         raise TypeError(f"{fn}: size must be a tuple of integers, got {size!r}")
     if not size:
         raise ValueError(f"{fn}: size must name at least one axis, got {size!r}")
-    return _per_axis(fn, "size", size, len(size), 1)
+    return _possible(fn, "size", _per_axis(fn, "size", size, len(size), 1))
 
 
 def _float_dtype(fn, dtype):
@@ -319,7 +328,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(3, scale="pixel").tolist()
     [0.0, 1.0, 2.0]
     """
-    n = _integer("axis_coords", "n", n, 1)
+    n, = _possible("axis_coords", "n", (_integer("axis_coords", "n", n, 1),))
     _one_of("axis_coords", "scale", scale, ("unit", "pixel"))
     _module("axis_coords", xp)
     dtype = _float_dtype("axis_coords", dtype)
@@ -486,9 +495,7 @@ def _window_geometry(fn, size, kernel, stride, padding, dilation=1, groups=1):
     same = tuple(max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in zip(size, stride, span))
     pads = _pad_pairs(fn, padding, rank, same)
     out = tuple((n + p + q - k) // s + 1 for n, (p, q), k, s in zip(size, pads, span, stride))
-    if math.prod(n + p + q for n, (p, q) in zip(size, pads)) > 2 ** 48:
-        raise ValueError(f"{fn}: padding {pads} makes an image of {tuple(size)} too large for any "
-                         "memory")
+    _possible(fn, "padding", tuple(n + p + q for n, (p, q) in zip(size, pads)))
     if min(kernel) < 1 or min(out) < 1:
         raise ValueError(f"{fn}: a kernel of {tuple(kernel)} with dilation {dilation} does not "
                          f"fit into an image of {tuple(size)} with padding {pads}")
@@ -544,6 +551,7 @@ def _deconv_geometry(fn, x, w, b, stride, padding, output_padding, dilation, gro
     same = tuple(f + e - n * s for f, e, n, s in zip(full, extra, size, stride))
     pads = _pad_pairs(fn, padding, rank, same)
     out = tuple(f + e - p - q for f, e, (p, q) in zip(full, extra, pads))
+    _possible(fn, f"stride {stride} and dilation {dilation}", full)
     if min(kernel) < 1 or min(size) < 1 or min(out) < 1:
         raise ValueError(f"{fn}: a kernel of {kernel} with dilation {dilation} and padding {pads} "
                          f"leaves nothing of an image of {size} {shapes}")
@@ -784,10 +792,11 @@ def _product(w, columns, y):
                   out=y.reshape(*y.shape[:-2], F // part, part, y.shape[-1]))
 
 
-def _correlate(x, w, geo, base=None, last=False):
+def _correlate(x, w, geo, base=None, last=False, result=None):
     """y = w @ columns + base, where base (F, *out) or (F, 1, ...) holds bias and coordinates."""
     xp, F, G, K = _xp(x), len(w), geo.groups, math.prod(w.shape[1:])
-    result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
+    if result is None:
+        result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
     base = None if base is None else xp.broadcast_to(base, (F, *geo.out))
     geo, x, y = _planes(geo, 128, x, result)
     base = None if base is None else base.reshape(F, *geo.out)
@@ -830,25 +839,22 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
     w = w.reshape(G, F // G, C // G, *geo.kernel).swapaxes(1, 2).reshape(C, F // G, *geo.kernel)
     base = None if base is None else xp.broadcast_to(base, (C, *size))
     phases, steps = [], [s // math.gcd(s, d) for s, d in zip(geo.stride, geo.dilation)]
-    for n, m, K, s, d, (before, _) in zip(size, geo.out, geo.kernel, geo.stride, geo.dilation,
-                                          geo.pads):
-        g, found = math.gcd(s, d), []
-        for p in range(min(s, n) or 1):             # one phase for an axis of no length too
+    for n, m, K, s, d, (before, _), step in zip(size, geo.out, geo.kernel, geo.stride,
+                                                geo.dilation, geo.pads, steps):
+        found = []
+        for p in sorted({(k * d - before) % s for k in range(K)}):
             taps = [k for k in reversed(range(K)) if (p + before - k * d) % s == 0]
-            lead, out = taps and (taps[0] * d - p - before) // s, len(range(p, n, s))
-            found.append((slice(p, None, s), taps, d // g, out, taps and (
-                lead, out + (len(taps) - 1) * d // g - m - lead)))
+            lead, out = (taps[0] * d - p - before) // s, len(range(p, n, s))
+            apart = d * step // s               # of the taps in this phase
+            found.append((slice(p, None, s), slice(taps[0], None, -step), len(taps), apart, out,
+                          (lead, out + (len(taps) - 1) * apart - m - lead)))
         phases.append(found)
 
     def run(phase):
-        places, taps, dilation, out, pads = zip(*phase)
-        part = 0 if base is None else base[(slice(None), *places)]
-        if all(taps):
-            mirror = (slice(k[0], None, -step) for k, step in zip(taps, steps))
-            part = _correlate(dy, w[(slice(None), slice(None), *mirror)], geo._replace(
-                kernel=tuple(map(len, taps)), stride=(1,) * rank, dilation=dilation, pads=pads,
-                out=out), None if base is None else part, last)
-        return places, part
+        places, mirror, kernel, dilation, out, pads = zip(*phase)
+        part = None if base is None else base[(slice(None), *places)]
+        return places, _correlate(dy, w[(slice(None), slice(None), *mirror)], geo._replace(
+            kernel=kernel, stride=(1,) * rank, dilation=dilation, pads=pads, out=out), part, last)
 
     def fill(phase):
         places, part = run(phase)
@@ -857,6 +863,8 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
     if max(geo.stride) == 1:
         return run(phases[0])[1]
     dx = _empty(xp, (len(dy), C, *size), dy.dtype, last)
+    if len(phases) < math.prod(geo.stride):             # no tap reads the other phases
+        dx[...] = 0 if base is None else base
     _spread(xp, fill, phases)
     return dx
 
@@ -1146,6 +1154,11 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
                                 dilation)
     x_, w_, b_ = _wide(x, w, b)
     xp, C, rank = _xp(x), x.shape[1], len(grid)
+    # first of all, so that what memory cannot hold is refused before work starts. Channels last
+    # for tiles: matrix products with one pixel per row run at full speed for every size, those
+    # with one pixel per column at two thirds of it for 64 x 64 pixels (2026-11-24)
+    last = size is not None or _channels_last(x)
+    y = _empty(xp, (x.shape[0], w.shape[0], *geo.out), x_.dtype, last)
     reads = _reads(geo, grid, scale, x_.dtype, xp)
     base = 0 if b is None else _column(b_, rank)
     for a in range(rank):
@@ -1154,12 +1167,9 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
         r = coord_channels(grid, radius=True, scale=scale, dtype=x_.dtype, xp=xp)[None, rank:]
         base += _correlate(r, w_[:, C + rank:], geo)[0]
     if size is None:
-        y = _correlate(x_, w_[:, :C], geo, base, _channels_last(x))
+        _correlate(x_, w_[:, :C], geo, base, result=y)
     else:
-        # channels last: matrix products with one pixel per row run at full speed for every size,
-        # those with one pixel per column at two thirds of it for 64 x 64 pixels (2026-11-24)
         reach = _contract(w_[:, :C], _tile(geo, reads)[1], 1)
-        y = _empty(xp, (x.shape[0], w.shape[0], *geo.out), x_.dtype, True)
         base = xp.moveaxis(xp.ascontiguousarray(xp.moveaxis(base, 0, -1)), -1, 0)
         xp.add(xp.tensordot(x_.reshape(x.shape[:2]), reach, axes=((1,), (1,))), base, out=y)
     return _narrow(x.dtype, y)[0]

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -662,6 +663,72 @@ def test_properties_of_random_transposed_and_coordinate_convolutions(block, xp):
         dx = dx.sum(axis=tuple(range(2, rank + 2)), keepdims=True) if tiled else dx
         exact([coordref.coord_conv(image, w_, **more)], [wanted], dtype)
         exact(coordref.coord_conv_backward(dy, image, w_, **more)[:2], [dx, dw], dtype)
+
+
+def memory_left(x, w, options):
+    """Of three times the input, the output and 64 MiB."""
+    x, w = np.ones(x, np.float32), np.ones(w, np.float32)
+    tracemalloc.start()
+    y = conv(x, w, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return 3 * x.nbytes + y.nbytes + 2 ** 26 - peak
+
+
+@pytest.mark.parametrize("x, w, options", [
+    ((8, 16, 256, 256), (4, 16, 3, 3), {"padding": 1}),
+    ((8, 16, 256, 256), (16, 1, 7, 7), {"groups": 16}),
+    ((4, 3, 512, 800), (8, 3, 7, 7), {"stride": 2, "padding": 3}),
+    ((4, 8, 400, 512), (2, 8, 5, 5), {"dilation": 3, "padding": "same"}),
+    ((2, 4, 2 ** 19), (3, 4, 9), {}),
+    ((1, 8, 64, 128, 64), (2, 8, 3, 3, 3), {"padding": 1}),
+    ((64, 32, 512, 3), (8, 32, 5, 3), {"padding": 1}),
+    ((23, 7, 18, 19, 6), (77, 7, 11, 9, 4), {"stride": (1, 1, 2), "padding": "same"}),
+    ((12, 167, 6, 10, 1), (47, 167, 2, 9, 4), {"padding": 3}),
+])
+def test_convolution_takes_a_bounded_memory(x, w, options):
+    assert memory_left(x, w, options) >= 0
+
+
+def test_the_bound_of_memory_sees_all_columns_at_once(monkeypatch):
+    monkeypatch.setattr(coordref, "_blocks", lambda N, out, *sizes: [
+        tuple(slice(0, n) for n in (N, *out))])
+    assert memory_left((8, 16, 256, 256), (16, 1, 7, 7), {"groups": 16}) < 0
+
+
+HUGE = 10 ** 7
+PIXEL, KERNEL = np.ones((1, 1, 1, 1), np.float32), np.ones((1, 1, 3, 3), np.float32)
+
+
+@pytest.mark.parametrize("name, args, options, named", [
+    ("axis_coords", [HUGE ** 2], {}, "n"),
+    ("coord_channels", [(HUGE, HUGE)], {}, "size"),
+    ("coord_channels", [(10 ** 30, 2)], {}, "size"),
+    ("conv", [PIXEL, KERNEL], {"padding": HUGE}, "padding"),
+    ("conv", [PIXEL, KERNEL], {"padding": HUGE, "stride": HUGE}, "padding"),
+    ("conv", [PIXEL, KERNEL], {"padding": "same", "dilation": HUGE}, "padding"),
+    ("conv_transpose", [KERNEL, KERNEL], {"stride": HUGE}, "stride"),
+    ("conv_transpose", [KERNEL, KERNEL], {"dilation": HUGE}, "dilation"),
+    ("coord_conv", [PIXEL, np.ones((1, 3, 1, 1), np.float32)], {"size": (HUGE, HUGE)}, "size"),
+    ("max_pool", [PIXEL], {"kernel": HUGE, "padding": HUGE - 1}, "padding"),
+    ("encode", [np.array([[1, 2]]), (HUGE, HUGE)], {}, "size"),
+    ("he_normal", [(HUGE, HUGE)], {}, "size"),
+    # within what a process can address, NumPy says how much it could not have
+    ("coord_channels", [(HUGE, 10 ** 6)], {}, None),
+    ("conv", [PIXEL, KERNEL], {"padding": 10 ** 6}, None),
+    ("conv_transpose", [KERNEL, KERNEL], {"stride": 10 ** 6}, None),
+    ("coord_conv", [PIXEL, np.ones((2, 3, 3, 3), np.float32)], {"size": (10 ** 6, 10 ** 7)}, None),
+    ("coord_conv", [PIXEL, np.ones((2, 3, 1, 1), np.float32)], {"padding": 10 ** 6}, None),
+    ("encode", [np.array([[1, 2]]), (10 ** 6, 10 ** 7)], {}, None),
+])
+def test_what_no_memory_holds_is_refused_before_work_starts(name, args, options, named,
+                                                            monkeypatch):
+    for work in ("_spread", "_reads", "_contract"):
+        monkeypatch.setattr(coordref, work, lambda *args: pytest.fail("work has started"))
+    with pytest.raises(ValueError if named else MemoryError) as caught:
+        getattr(coordref, name)(*args, **options)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: ") and named in message if named else "iB" in message
 
 
 # COORDINATES -------------------------------------------------------------------------------------
