@@ -76,6 +76,7 @@ Ioffe, Szegedy. Batch normalization. ICML 2015, arXiv 1502.03167.
 Dumoulin, Visin. A guide to convolution arithmetic for deep learning. arXiv 1603.07285.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -83,14 +84,17 @@ import math
 import os
 import sys
 import threading
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [                                                 # noqa: RUF022 (in reading order)
     "array_module", "best_module", "to_numpy", "axis_coords", "coord_channels", "add_coords",
     "add_coords_backward", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward",
     "coord_conv", "coord_conv_backward", "relu", "relu_backward", "max_pool", "max_pool_backward",
@@ -105,9 +109,18 @@ __all__ = [
 ]
 
 
+# Types of arguments. An array is a numpy.ndarray or a cupy.ndarray; as CuPy may not be installed,
+# a type checker takes it on trust, and the functions check it themselves.
+Array = Any
+Size = Sequence[int]
+PerAxis = int | Sequence[int]
+Padding = int | str | Sequence[int | Sequence[int]]
+Seed = np.random.Generator | int | None
+
+
 # 1 ARRAYS: the arrays that come in choose the module ---------------------------------------------
 
-def array_module(*arrays):
+def array_module(*arrays: Array) -> ModuleType:
     """The module, numpy or cupy, whose arrays these are.
 
     Parameters
@@ -150,17 +163,17 @@ def _one_module(fn, **arrays):
     return first
 
 
-def best_module():
+def best_module() -> ModuleType:
     """cupy if a GPU answers a small matrix product, else numpy. For scripts; never raises."""
-    try:
-        import cupy
-        works = float((cupy.ones((2, 2)) @ cupy.ones((2, 2))).sum()) == 8
-        return cupy if works else np
-    except Exception:        # a missing wheel, driver or kernel image each raise a different kind
-        return np
+    # a missing wheel, driver or kernel image each raise a different kind of error
+    with contextlib.suppress(Exception):
+        import cupy  # type: ignore
+        if float((cupy.ones((2, 2)) @ cupy.ones((2, 2))).sum()) == 8:
+            return cupy
+    return np
 
 
-def to_numpy(a):
+def to_numpy(a: Array) -> np.ndarray[Any, Any]:
     """The array on the host: a itself if it is a NumPy array, else a copy of the CuPy array."""
     return a if array_module(a) is np else a.get()
 
@@ -245,7 +258,7 @@ def _module(fn, xp):
     return xp
 
 
-def _generator(fn, rng):
+def _generator(fn: str, rng: Seed) -> np.random.Generator:
     """A Generator, a seed or None as a Generator; draws are made on the host, so that a CPU and
     a GPU start from the same bits."""
     if isinstance(rng, np.random.Generator):
@@ -294,7 +307,8 @@ def _narrow(dtype, *arrays):
 
 # 2 COORDINATES -----------------------------------------------------------------------------------
 
-def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
+def axis_coords(n: int, *, scale: str = "unit", dtype: DTypeLike = np.float32,
+                xp: ModuleType = np) -> Array:
     """The coordinates of the n pixels along an axis.
 
     "unit":  c[i] = (2i - (n-1)) / (n-1), from -1 to 1, and c = [0] for n = 1
@@ -336,7 +350,8 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     return (i if scale == "pixel" else (2 * i - (n - 1)) / max(n - 1, 1)).astype(dtype)
 
 
-def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np):
+def coord_channels(size: Size, *, radius: bool = False, scale: str = "unit",
+                   dtype: DTypeLike = np.float32, xp: ModuleType = np) -> Array:
     """The coordinate channels of an image: one per axis, then the radius if asked for.
 
     y[a, i_0, i_1, ...] = axis_coords(size[a])[i_a]     for each axis a
@@ -383,7 +398,7 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
     return y.astype(dtype)
 
 
-def add_coords(x, *, radius=False, scale="unit"):
+def add_coords(x: Array, *, radius: bool = False, scale: str = "unit") -> Array:
     """The images with coordinate channels behind their own: concatenate(x, coord_channels).
 
     Parameters
@@ -414,7 +429,8 @@ def add_coords(x, *, radius=False, scale="unit"):
     return y
 
 
-def add_coords_backward(dy, x, *, radius=False, scale="unit"):
+def add_coords_backward(dy: Array, x: Array, *, radius: bool = False, scale: str = "unit"
+                        ) -> Array:
     """Gradient of add_coords: dx = dy[:, :C], since the coordinates are constants.
 
     Parameters
@@ -462,12 +478,12 @@ def _spatial(fn, x, rank=None, name="x"):
 
 class _Geometry(NamedTuple):
     """What a convolution does to the spatial axes; one entry of each tuple per axis."""
-    kernel: tuple
-    stride: tuple
-    dilation: tuple
-    pads: tuple             # (before, after) per axis; negative crops
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]       # (before, after); negative crops
     groups: int
-    out: tuple
+    out: tuple[int, ...]
 
 
 def _span(kernel, dilation):
@@ -561,10 +577,10 @@ def _deconv_geometry(fn, x, w, b, stride, padding, output_padding, dilation, gro
 @functools.cache
 def _blas():
     """How to get and set the threads of NumPy's OpenBLAS, or None where NumPy has another BLAS."""
-    extension = sys.modules.get("numpy._core._multiarray_umath")
+    extension = getattr(sys.modules.get("numpy._core._multiarray_umath"), "__file__", None)
     for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
         try:
-            library = ctypes.CDLL(extension.__file__)       # symbols of what it links to count too
+            library = ctypes.CDLL(extension)        # symbols of what it links to count too
             return tuple(getattr(library, f"{prefix}openblas_{verb}_num_threads{suffix}")
                          for verb in ("get", "set"))
         except (AttributeError, OSError):
@@ -651,7 +667,8 @@ def _blocks(N, out, per_point, row=128):
     Four tiles if they make no more than _BLOCK bytes each: threads wait for each other at
     every call of NumPy, so few large calls beat blocks that would stay in a core's own cache
     (16 to 16 filters of 3x3: 7.1 ms in 32 blocks, 3.6 ms in 5; measured 2026-11-24)."""
-    total, tiles = N * math.prod(out) * per_point, []
+    tiles: list[list[slice]] = []
+    total = N * math.prod(out) * per_point
     room = max(1, min(_BLOCK, max(total // 4, 2 ** 19)) // max(1, per_point))
     for n, most in zip((*reversed(out), N), (row, *(math.inf,) * len(out))):
         parts = -(-n // max(1, min(n, room, most))) if n else 0
@@ -859,13 +876,13 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
     def fill(phase):
         places, part = run(phase)
         dx[(slice(None), slice(None), *places)] = part
-    phases = list(itertools.product(*phases))
+    together = list(itertools.product(*phases))
     if max(geo.stride) == 1:
-        return run(phases[0])[1]
+        return run(together[0])[1]
     dx = _empty(xp, (len(dy), C, *size), dy.dtype, last)
-    if len(phases) < math.prod(geo.stride):             # no tap reads the other phases
+    if len(together) < math.prod(geo.stride):           # no tap reads the other phases
         dx[...] = 0 if base is None else base
-    _spread(xp, fill, phases)
+    _spread(xp, fill, together)
     return dx
 
 
@@ -916,7 +933,8 @@ def _column(b, rank):
     return None if b is None else b.reshape(-1, *(1,) * rank)
 
 
-def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1):
+def conv(x: Array, w: Array, b: Array | None = None, *, stride: PerAxis = 1, padding: Padding = 0,
+         dilation: PerAxis = 1, groups: int = 1) -> Array:
     """Convolution over any number of spatial axes (cross-correlation, as in PyTorch and ONNX).
 
     y[n, f, o] = b[f] + sum_{c, k} x[n, c, o*stride + k*dilation - before] * w[f, c, k]
@@ -956,7 +974,9 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1):
                                        _channels_last(x)))[0]
 
 
-def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1, need_dx=True):
+def conv_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *, stride: PerAxis = 1,
+                  padding: Padding = 0, dilation: PerAxis = 1, groups: int = 1,
+                  need_dx: bool = True) -> tuple[Array | None, Array, Array | None]:
     """Gradient of conv.
 
     dx[n, c, i] = sum over the (f, o, k) with o*stride + k*dilation - before = i
@@ -994,7 +1014,9 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
     return _narrow(x.dtype, dx, dw, None if b is None else _sum_by_filter(dy))
 
 
-def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1, groups=1):
+def conv_transpose(x: Array, w: Array, b: Array | None = None, *, stride: PerAxis = 1,
+                   padding: Padding = 0, output_padding: PerAxis = 0, dilation: PerAxis = 1,
+                   groups: int = 1) -> Array:
     """Transposed convolution: the gradient by x of a convolution, run as a forward pass.
 
     y[n, f, i] = b[f] + sum over the (c, o, k) with o*stride + k*dilation - before = i
@@ -1034,8 +1056,10 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     return _narrow(x.dtype, _correlate_dx(x_, w_, geo, size, _column(b_, len(size))))[0]
 
 
-def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1,
-                            groups=1, need_dx=True):
+def conv_transpose_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *,
+                            stride: PerAxis = 1, padding: Padding = 0, output_padding: PerAxis = 0,
+                            dilation: PerAxis = 1, groups: int = 1, need_dx: bool = True
+                            ) -> tuple[Array | None, Array, Array | None]:
     """Gradient of conv_transpose: dx is a convolution of dy by w, and dw is the dw of that
     convolution with x in the place of its upstream gradient.
 
@@ -1113,8 +1137,9 @@ def _tile(geo, reads):
     return alike, [ones[:1] if alike else ones for _, ones in reads]
 
 
-def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1, padding=0,
-               dilation=1):
+def coord_conv(x: Array, w: Array, b: Array | None = None, *, size: Size | None = None,
+               radius: bool = False, scale: str = "unit", stride: PerAxis = 1,
+               padding: Padding = 0, dilation: PerAxis = 1) -> Array:
     """CoordConv: conv(add_coords(x), w, b) without building add_coords(x).
 
     y = conv(x, w[:, :C]) + (conv(coords, w[:, C:]) + b), since convolution is linear.
@@ -1175,8 +1200,10 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     return _narrow(x.dtype, y)[0]
 
 
-def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
-                        padding=0, dilation=1, need_dx=True):
+def coord_conv_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *,
+                        size: Size | None = None, radius: bool = False, scale: str = "unit",
+                        stride: PerAxis = 1, padding: Padding = 0, dilation: PerAxis = 1,
+                        need_dx: bool = True) -> tuple[Array | None, Array, Array | None]:
     """Gradient of coord_conv. The coordinates' part of dw needs only dy summed over the batch.
 
     Parameters
@@ -1228,13 +1255,13 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
 
 # 4 THE OTHER PIECES ------------------------------------------------------------------------------
 
-def relu(x):
+def relu(x: Array) -> Array:
     """max(x, 0), elementwise; NaN stays NaN. x : array of any shape."""
     y = _arrays("relu", x=x).zeros_like(x)
     return _xp(x).maximum(x, y, out=y)         # twice as fast as against one number
 
 
-def relu_backward(dy, x):
+def relu_backward(dy: Array, x: Array) -> Array:
     """dx = dy where x > 0, else 0. dy, x : arrays of one shape."""
     _arrays("relu_backward", dy=dy, x=x)
     _same_shape("relu_backward", "dy", dy, x.shape, "x")
@@ -1260,7 +1287,8 @@ def _pool_geometry(fn, x, kernel, stride, padding):
     return geo
 
 
-def max_pool(x, *, kernel=None, stride=None, padding=0):
+def max_pool(x: Array, *, kernel: PerAxis | None = None, stride: PerAxis | None = None,
+             padding: Padding = 0) -> Array:
     """The largest pixel of each window, or of the whole image.
 
     y[n, c, o] = max_k x[n, c, o*stride + k - before]
@@ -1297,7 +1325,8 @@ def max_pool(x, *, kernel=None, stride=None, padding=0):
     return y
 
 
-def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
+def max_pool_backward(dy: Array, x: Array, *, kernel: PerAxis | None = None,
+                      stride: PerAxis | None = None, padding: Padding = 0) -> Array:
     """Gradient of max_pool: each window passes its dy to its first largest pixel.
 
     dy : array of the output's shape; x and options as in max_pool. Returns dx, of x's shape.
@@ -1320,7 +1349,8 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     return _padded(dx, tuple((-p, -q) for p, q in geo.pads)).copy()
 
 
-def mean_pool(x, *, kernel=None, stride=None, padding=0):
+def mean_pool(x: Array, *, kernel: PerAxis | None = None, stride: PerAxis | None = None,
+              padding: Padding = 0) -> Array:
     """The mean of each window, padded zeros included, or of the whole image.
 
     y[n, c, o] = sum_k x[n, c, o*stride + k - before] / taps
@@ -1350,7 +1380,8 @@ def mean_pool(x, *, kernel=None, stride=None, padding=0):
     return _narrow(dtype, y / math.prod(geo.kernel))[0]
 
 
-def mean_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
+def mean_pool_backward(dy: Array, x: Array, *, kernel: PerAxis | None = None,
+                       stride: PerAxis | None = None, padding: Padding = 0) -> Array:
     """Gradient of mean_pool: each window shares its dy out evenly.
 
     dy : array of the output's shape; x and options as in mean_pool. Returns dx, of x's shape.
@@ -1371,7 +1402,7 @@ def mean_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     return _padded(dx, tuple((-p, -q) for p, q in geo.pads)).astype(x.dtype)
 
 
-def sum_pool(x):
+def sum_pool(x: Array) -> Array:
     """y[n, c] = sum over the pixels of x[n, c]. x : (N, C, *size) array."""
     _arrays("sum_pool", x=x)
     _spatial("sum_pool", x)
@@ -1379,7 +1410,7 @@ def sum_pool(x):
     return _narrow(x.dtype, _pixels(wide).sum(axis=2))[0]
 
 
-def sum_pool_backward(dy, x):
+def sum_pool_backward(dy: Array, x: Array) -> Array:
     """dx[n, c, i] = dy[n, c]. dy : (N, C) array; x as in sum_pool."""
     xp = _arrays("sum_pool_backward", dy=dy, x=x)
     _spatial("sum_pool_backward", x)
@@ -1397,7 +1428,7 @@ def _channels(fn, x, **params):
     return (-1,) + (1,) * (x.ndim - 2), (0, *range(2, x.ndim))
 
 
-def affine(x, scale, shift):
+def affine(x: Array, scale: Array, shift: Array) -> Array:
     """y[n, c, i] = scale[c] * x[n, c, i] + shift[c].
 
     Parameters
@@ -1419,7 +1450,7 @@ def affine(x, scale, shift):
     return x * scale.reshape(wide) + shift.reshape(wide)
 
 
-def affine_backward(dy, x, scale, shift):
+def affine_backward(dy: Array, x: Array, scale: Array, shift: Array) -> tuple[Array, Array, Array]:
     """Gradient of affine: dx = scale * dy, dscale[c] = sum_{n, i} dy * x, dshift[c] = sum dy.
 
     dy : array of x's shape; the rest as in affine. Returns dx, dscale, dshift.
@@ -1449,7 +1480,8 @@ def _normalised(fn, x, scale, shift, mean, var, eps):
     return (x - mean.reshape(wide)) * rstd.reshape(wide), rstd, wide, axes
 
 
-def batch_norm(x, scale, shift, *, mean=None, var=None, eps=1e-5):
+def batch_norm(x: Array, scale: Array, shift: Array, *, mean: Array | None = None,
+               var: Array | None = None, eps: float = 1e-5) -> Array:
     """Batch normalisation: y = scale * (x - mean) / sqrt(var + eps) + shift, per channel.
 
     Parameters
@@ -1474,7 +1506,9 @@ def batch_norm(x, scale, shift, *, mean=None, var=None, eps=1e-5):
     return _narrow(x.dtype, xhat * scale.reshape(wide) + shift.reshape(wide))[0]
 
 
-def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
+def batch_norm_backward(dy: Array, x: Array, scale: Array, shift: Array, *,
+                        mean: Array | None = None, var: Array | None = None, eps: float = 1e-5
+                        ) -> tuple[Array, Array, Array]:
     """Gradient of batch_norm, with xhat = (x - mean) / sqrt(var + eps) and means per channel:
 
     dscale = sum dy * xhat,  dshift = sum dy
@@ -1504,7 +1538,7 @@ def _flat(fn, x, name="x"):
     return _wide(x.reshape(x.shape[0], math.prod(x.shape[1:])))[0]
 
 
-def softmax(x):
+def softmax(x: Array) -> Array:
     """Softmax over everything but the batch: y[n, i] = exp(x[n, i]) / sum_j exp(x[n, j]).
 
     x : (N, ...) array. Returns an array of its shape. Turns an image into a map of where.
@@ -1515,7 +1549,7 @@ def softmax(x):
     return _narrow(x.dtype, (y / y.sum(axis=1, keepdims=True)).reshape(x.shape))[0]
 
 
-def softmax_backward(dy, x):
+def softmax_backward(dy: Array, x: Array) -> Array:
     """dx[n, i] = y[n, i] * (dy[n, i] - sum_j dy[n, j] * y[n, j]). dy, x : arrays of one shape."""
     _arrays("softmax_backward", dy=dy, x=x)
     _same_shape("softmax_backward", "dy", dy, x.shape, "x")
@@ -1558,7 +1592,7 @@ def _log_softmax(fn, logits, target):
     return z - xp.log(xp.exp(z).sum(axis=1, keepdims=True)), target
 
 
-def softmax_cross_entropy(logits, target):
+def softmax_cross_entropy(logits: Array, target: Array) -> Array:
     """Mean over the batch of -sum_i target[n, i] * log softmax(logits)[n, i].
 
     Parameters
@@ -1581,7 +1615,8 @@ def softmax_cross_entropy(logits, target):
     return -(log_p * target).sum(axis=1).mean().astype(logits.dtype)
 
 
-def softmax_cross_entropy_backward(dy, logits, target):
+def softmax_cross_entropy_backward(dy: Array | float, logits: Array, target: Array
+                                   ) -> tuple[Array, Array | None]:
     """Gradient of softmax_cross_entropy:
 
     dlogits[n, i] = dy / N * (softmax(logits)[n, i] * sum_j target[n, j] - target[n, i])
@@ -1606,7 +1641,7 @@ def _pair(fn, y, target, name):
     return xp, *_wide(y, target)
 
 
-def sigmoid_cross_entropy(logits, target):
+def sigmoid_cross_entropy(logits: Array, target: Array) -> Array:
     """Mean over all elements of -target * log p - (1 - target) * log(1 - p), p = sigmoid(logits),
 
     computed as max(z, 0) - z * target + log(1 + exp(-|z|)), which does not overflow.
@@ -1629,7 +1664,8 @@ def sigmoid_cross_entropy(logits, target):
     return loss.mean().astype(logits.dtype)
 
 
-def sigmoid_cross_entropy_backward(dy, logits, target):
+def sigmoid_cross_entropy_backward(dy: Array | float, logits: Array, target: Array
+                                   ) -> tuple[Array, Array]:
     """dlogits = dy / size * (sigmoid(logits) - target), dtarget = -dy / size * logits.
 
     dy : number; the rest as in sigmoid_cross_entropy. Returns dlogits, dtarget.
@@ -1641,13 +1677,14 @@ def sigmoid_cross_entropy_backward(dy, logits, target):
     return _narrow(logits.dtype, (sigmoid - t) * dy, z * -dy)
 
 
-def mean_squared_error(y, target):
+def mean_squared_error(y: Array, target: Array) -> Array:
     """Mean over all elements of (y - target)^2. y, target : arrays of one shape."""
     _, a, t = _pair("mean_squared_error", y, target, "y")
     return ((a - t) ** 2).mean().astype(y.dtype)
 
 
-def mean_squared_error_backward(dy, y, target):
+def mean_squared_error_backward(dy: Array | float, y: Array, target: Array
+                                ) -> tuple[Array, Array]:
     """dy_ = 2 * dy / size * (y - target), dtarget = -dy_. dy : number. Returns dy_, dtarget."""
     fn = "mean_squared_error_backward"
     _, a, t = _pair(fn, y, target, "y")
@@ -1663,12 +1700,15 @@ class Layer(NamedTuple):
     op is a function of this file, or of any module where its gradient stands beside it under the
     same name with "_backward"; params are the arrays that training changes.
     """
-    op: Any
-    params: list = []
-    options: dict = {}
+    op: Callable[..., Array]
+    params: Sequence[Array] = []
+    options: Mapping[str, Any] = {}
 
 
-def forward(net, x):
+Net = Sequence[Layer]
+
+
+def forward(net: Net, x: Array) -> tuple[Array, list[Array]]:
     """Run a network.
 
     Parameters
@@ -1693,7 +1733,8 @@ def forward(net, x):
     return x, inputs
 
 
-def backward(net, dy, inputs, *, need_dx=True):
+def backward(net: Net, dy: Array, inputs: Sequence[Array], *, need_dx: bool = True
+             ) -> tuple[Array | None, list[list[Array | None]]]:
     """Gradient of forward, layer by layer from the last.
 
     Parameters
@@ -1720,7 +1761,7 @@ def backward(net, dy, inputs, *, need_dx=True):
     if len(_layers("backward", net)) != len(inputs):
         raise ValueError(f"backward: inputs must hold one array for each of {len(net)} layers, "
                          f"got {len(inputs)}")
-    grads = []
+    grads: list[list[Array | None]] = []
     for i in reversed(range(len(net))):
         op, params, options = net[i]
         if i == 0 and not need_dx and op in (conv, conv_transpose, coord_conv):
@@ -1738,7 +1779,8 @@ def _layers(fn, net):
     return net
 
 
-def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
+def he_normal(shape: Size, *, rng: Seed = None, dtype: DTypeLike = np.float32,
+              xp: ModuleType = np) -> Array:
     """Weights from a normal distribution cut off at two sigma, with variance 2 / fan_in.
 
     fan_in = prod(shape[1:]), the inputs of one filter; for a transposed convolution, whose
@@ -1790,7 +1832,9 @@ def _draw(fn, rng, dtype, xp):
     return {"rng": _generator(fn, rng), "dtype": _float_dtype(fn, dtype), "xp": _module(fn, xp)}
 
 
-def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.float32, xp=np):
+def coordconv_painter(*, start: str = "he", size: Size = (64, 64), width: int = 1,
+                      rng: Seed = None, dtype: DTypeLike = np.float32, xp: ModuleType = np
+                      ) -> list[Layer]:
     """The paper's CoordConv network from a coordinate to the logits of a pixel map.
 
     The coordinate is tiled over the image, coordinate channels join it, and five 1x1 convolutions
@@ -1829,7 +1873,7 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
     K, ones = len(size), (1,) * len(size)
     filters = [32 * width, 32 * width, 64 * width, 64 * width, 1]
     net = [_conv_layer(draw, (filters[0], 2 * K, *ones), coord_conv, size=size)]
-    for C, F in zip(filters, filters[1:]):
+    for C, F in itertools.pairwise(filters):
         net += [Layer(relu), _conv_layer(draw, (F, C, *ones))]
     if start == "relative":
         w = draw["rng"].uniform(-1, 1, (filters[0], K, *ones))
@@ -1841,7 +1885,8 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
     return net
 
 
-def deconv_painter(*, kernel=3, width=1, rng=None, dtype=np.float32, xp=np):
+def deconv_painter(*, kernel: int = 3, width: int = 1, rng: Seed = None,
+                   dtype: DTypeLike = np.float32, xp: ModuleType = np) -> list[Layer]:
     """The paper's baseline without coordinates, from a coordinate to the logits of a 64x64 map.
 
     Six transposed convolutions of stride 2 with 64, 64, 64, 32, 32 and 1 filters, batch norm and
@@ -1867,14 +1912,15 @@ def deconv_painter(*, kernel=3, width=1, rng=None, dtype=np.float32, xp=np):
     width = _integer(fn, "width", width, 1)
     channels = [2, *(width * c for c in (64, 64, 64, 32, 32)), 1]
     net = []
-    for C, F in zip(channels, channels[1:]):
+    for C, F in itertools.pairwise(channels):
         net += [_conv_layer(draw, (C, F, k, k), conv_transpose, stride=2, padding="same"),
                 _norm_layer(draw, F), Layer(relu)]
     return net[:-2]
 
 
-def coordconv_renderer(*, start="he", size=(64, 64), kernel=3, width=1, rng=None, dtype=np.float32,
-                       xp=np):
+def coordconv_renderer(*, start: str = "he", size: Size = (64, 64), kernel: int = 3,
+                       width: int = 1, rng: Seed = None, dtype: DTypeLike = np.float32,
+                       xp: ModuleType = np) -> list[Layer]:
     """The paper's CoordConv network from a coordinate to the logits of a square.
 
     A painter, a softmax over the pixels, then five convolutions with 8, 8, 16, 16 and 1 filters
@@ -1900,12 +1946,13 @@ def coordconv_renderer(*, start="he", size=(64, 64), kernel=3, width=1, rng=None
     width = _integer(fn, "width", width, 1)
     net = coordconv_painter(start=start, size=size, **draw) + [Layer(softmax)]
     channels = [1, *(width * c for c in (8, 8, 16, 16)), 1]
-    for C, F in zip(channels, channels[1:]):
+    for C, F in itertools.pairwise(channels):
         net += [_conv_layer(draw, (F, C, *(k,) * len(size)), padding="same"), Layer(relu)]
     return net[:-1]
 
 
-def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
+def coordconv_regressor(*, size: Size = (64, 64), rng: Seed = None, dtype: DTypeLike = np.float32,
+                        xp: ModuleType = np) -> list[Layer]:
     """The paper's CoordConv network from a one-hot image to its coordinate, 906 parameters.
 
     Coordinate channels and a 1x1 convolution, two more of 1x1 and one of 3x3, 8 filters each, a
@@ -1938,7 +1985,8 @@ def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
             Layer(max_pool)]
 
 
-def conv_regressor(split, *, width=1, rng=None, dtype=np.float32, xp=np):
+def conv_regressor(split: str, *, width: int = 1, rng: Seed = None, dtype: DTypeLike = np.float32,
+                   xp: ModuleType = np) -> list[Layer]:
     """The paper's baselines without coordinates, from a 64x64 one-hot image to its coordinate.
 
     "uniform": four 3x3 convolutions with 16 filters and two dense layers, 72,850 parameters.
@@ -1992,14 +2040,14 @@ class Dataset(NamedTuple):
     train, test : int64 arrays, indices into coords
     canvas, square : ints, the side of the image and of the square
     """
-    coords: np.ndarray
-    train: np.ndarray
-    test: np.ndarray
+    coords: np.ndarray[Any, Any]
+    train: np.ndarray[Any, Any]
+    test: np.ndarray[Any, Any]
     canvas: int
     square: int
 
 
-def not_so_clevr(split="uniform", *, canvas=64, square=9):
+def not_so_clevr(split: str = "uniform", *, canvas: int = 64, square: int = 9) -> Dataset:
     """The paper's data set: a square at every position where all of it is visible.
 
     Parameters
@@ -2090,7 +2138,9 @@ def _train_arguments(fn, net, data, task, scale):
     return _arrays(fn, **params), next(iter(params.values())).dtype
 
 
-def adam_step(w, dw, m, v, step, *, learning_rate=0.005, beta1=0.9, beta2=0.99, eps=1e-8):
+def adam_step(w: Array, dw: Array, m: Array, v: Array, step: int, *, learning_rate: float = 0.005,
+              beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-8
+              ) -> tuple[Array, Array, Array]:
     """One step of Adam (Kingma and Ba, algorithm 1), elementwise.
 
     m' = beta1 * m + (1 - beta1) * dw
@@ -2183,9 +2233,12 @@ def _shard_gradient(net, data, coords, task, scale, share, norms):
     return loss(y, target) * share, _xp(y).concatenate(flat), statistics
 
 
-def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_rate=0.005,
-          decay="linear", l2=0.0, beta1=0.9, beta2=0.99, eps=1e-8, scale="unit", rng=None,
-          callback=None):
+def train(net: Net, data: Dataset, *, task: str, steps: int | None = None,
+          epochs: int | None = None, batch_size: int = 16, learning_rate: float = 0.005,
+          decay: str = "linear", l2: float = 0.0, beta1: float = 0.9, beta2: float = 0.99,
+          eps: float = 1e-8, scale: str = "unit", rng: Seed = None,
+          callback: Callable[[int, list[Layer], Array], Any] | None = None
+          ) -> tuple[list[Layer], dict[str, np.ndarray[Any, Any]]]:
     """Train a network on one of the paper's tasks with Adam.
 
     "classification": coordinate to pixel; softmax cross-entropy over the pixels
@@ -2277,7 +2330,8 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
                      "learning_rate": np.array(rates)}
 
 
-def evaluate(net, data, *, task, part="test", scale="unit"):
+def evaluate(net: Net, data: Dataset, *, task: str, part: str = "test", scale: str = "unit"
+             ) -> float:
     """Score a network on a part of the data set.
 
     "classification": the fraction of images whose largest output is the right pixel
@@ -2336,7 +2390,7 @@ def _path(fn, path):
     return os.fspath(path)
 
 
-def save(path, net):
+def save(path: str | os.PathLike[str], net: Net) -> None:
     """Write the arrays of a network to an npz file, whole or not at all.
 
     The file is written beside its target and moved there once it is on the disk, so that an
@@ -2371,7 +2425,7 @@ def save(path, net):
         raise
 
 
-def load(path, net):
+def load(path: str | os.PathLike[str], net: Net) -> list[Layer]:
     """Read back what save wrote, into a network of the same layers.
 
     Parameters
@@ -2455,7 +2509,8 @@ def _analytic(fn, size, dtype, xp):
     return size, np.eye(K), weights, vector
 
 
-def decoder_network(size, *, dtype=np.float32, xp=np):
+def decoder_network(size: Size, *, dtype: DTypeLike = np.float32, xp: ModuleType = np
+                    ) -> list[Layer]:
     """The critic's network from a one-hot image to its coordinate, for images of any size.
 
     coord[n, a] = size[a] - sum_i relu(size[a] * x[n, 0, i] - i_a), i_a the coordinate of pixel i
@@ -2486,7 +2541,8 @@ def decoder_network(size, *, dtype=np.float32, xp=np):
             Layer(affine, [vector([-1] * len(size)), vector(size)])]
 
 
-def encoder_network(size, *, dtype=np.float32, xp=np):
+def encoder_network(size: Size, *, dtype: DTypeLike = np.float32, xp: ModuleType = np
+                    ) -> list[Layer]:
     """The inverse of decoder_network: from a coordinate to its one-hot image.
 
     y[n, 0, i] = relu(1 - sum_a (relu(i_a - x[n, a]) + relu(x[n, a] - i_a)))
@@ -2515,7 +2571,8 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
             Layer(relu), Layer(conv, [weights([[-1] * (2 * K)]), vector([1])]), Layer(relu)]
 
 
-def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
+def renderer_network(size: Size, square: int = 9, *, dtype: DTypeLike = np.float32,
+                     xp: ModuleType = np) -> list[Layer]:
     """From a coordinate to the square around it: the encoder and a convolution with ones.
 
     Parameters
@@ -2541,7 +2598,7 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
     return net + [Layer(conv, [ones], {"padding": square // 2})]
 
 
-def decode(image):
+def decode(image: Array) -> Array:
     """The coordinate of the hot pixel of each one-hot image: decoder_network in closed form.
 
     On a one-hot image the decoder's formula leaves W - (W - x) = x, the position of the 1.
@@ -2591,7 +2648,7 @@ def decode(image):
     return xp.stack(xp.unravel_index(hot, tuple(size)), axis=1).astype(image.dtype)
 
 
-def encode(coords, size, *, dtype=None):
+def encode(coords: Array, size: Size, *, dtype: DTypeLike | None = None) -> Array:
     """One-hot images of positions: encoder_network in closed form, the inverse of decode.
 
     Parameters
