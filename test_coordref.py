@@ -1587,12 +1587,13 @@ def walk(module):
     for task, make in (("classification", module.coordconv_painter),
                        ("rendering", module.coordconv_renderer),
                        ("regression", module.coordconv_regressor)):
-        net = make(size=(12, 12), rng=0, xp=STAND_IN)
+        net, moved = make(size=(12, 12), rng=0, xp=STAND_IN), []
         for steps in (2, 4):
             MOVED.clear(), DOUBLES.clear()
             net, _ = module.train(net, data, task=task, steps=steps, batch_size=5, rng=1)
-            # up to the device: the positions, their order in the epoch; back: the losses
-            assert MOVED == ["upload", "upload", "get"], MOVED
+            moved.append(MOVED.copy())
+            # the positions and their order go up once, and no step brings anything back
+            assert moved[-1] == moved[0] and moved[0].count("upload") == 2, moved
             assert DOUBLES <= {"axis_coords", "coord_channels", "_unit", "_example"}, DOUBLES
         assert all(type(p) is DeviceArray for layer in net for p in layer.params)
         assert isinstance(module.evaluate(net, data, task=task), float)
@@ -1618,8 +1619,10 @@ LEAKS = [       # what goes wrong, the text in the module, the text instead
     ("sliding_window_view", "(x).lib.stride_tricks.as_strided",
      "(x).lib.stride_tricks.sliding_window_view"),
     ("initial=", "_pixels(x).max(axis=2)", "_pixels(x).max(axis=2, initial=-math.inf)"),
-    ("float(loss) per step", "losses.append(loss)", "losses.append(float(loss))"),
-    ("the loss to the host per step", "losses.append(loss)", "losses.append(to_numpy(loss))"),
+    ("float(loss) per step", "adam_step(flat, dw, m, v, step + 1",
+     "adam_step(flat, dw, m, v, step + 1 + 0 * int(float(loss))"),
+    ("weights to the host per step", "adam_step(flat, dw, m, v, step + 1",
+     "adam_step(flat, dw, m, v, step + 1 + 0 * len(to_numpy(flat))"),
     ("the data set uploaded per step", "batch = points[", "batch = xp.asarray(data.coords)["),
     ("a constant uploaded per step", "marks = (abs(xp.arange(n)",
      "marks = (abs(xp.asarray(np.arange(n))"),
@@ -1669,8 +1672,8 @@ def test_the_transfers_of_a_training_do_not_grow_with_its_steps(monkeypatch):
         MOVED.clear()
         train_small(net=net, steps=steps, batch_size=2)
         moved[steps] = MOVED.copy()
-    assert moved[3] == moved[30] == ["upload", "upload", "get"]
-    assert moved[75] == ["upload", "upload", "upload", "get"]
+    assert moved[3] == moved[30] and moved[3].count("upload") == 2, moved
+    assert moved[75] == ["upload", *moved[3]]
 
 
 def accepted(function):
