@@ -120,6 +120,9 @@ class DeviceArray:
     def __array__(self, *args, **options):
         raise Leak("Implicit conversion to a NumPy array is not allowed")
 
+    def __array_function__(self, function, *args):
+        raise Leak(f"numpy.{function.__name__} of a device array")
+
     def __repr__(self):
         return f"<device array {self.dtype} {self.shape}>"
 
@@ -1282,7 +1285,9 @@ def test_save_and_load_give_back_every_bit(tmp_path, xp):
         path = tmp_path / "net.npz"
         coordref.save(path, net)
         blank = [layer._replace(params=[p * 0 for p in layer.params]) for layer in net]
-        assert same(coordref.load(path, blank), net) and not same(blank, net)
+        found = coordref.load(path, blank)
+        assert same(found, net) and not same(blank, net)
+        assert all(coordref.array_module(p) is xp for layer in found for p in layer.params)
     assert [p.name for p in tmp_path.iterdir()] == ["net.npz"]
 
 
@@ -1603,6 +1608,8 @@ def walk(module):
     logits, labels = STAND_IN.ones((2, 3), np.float32), STAND_IN.asarray(np.array([0, 2]))
     assert type(module.softmax_cross_entropy(logits, labels)) is DeviceArray
     assert MOVED.count("upload") == 2 and "get" not in MOVED, MOVED
+    net = module.coordconv_painter(start="relative", size=(5, 6), rng=0, xp=STAND_IN)
+    module.forward(net, STAND_IN.ones((3, 2, 1, 1), np.float32))
     net = module.conv_regressor("quadrant", rng=0, xp=STAND_IN)[:6]
     module.forward(net, STAND_IN.ones((1, 1, 12, 12), np.float32))
     net = module.renderer_network((5, 6), 3, xp=STAND_IN)
