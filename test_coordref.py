@@ -1697,8 +1697,10 @@ def accepted(function):
 
 def unknown_to_cupy(text, cupy):
     """Names of the module and keywords of its functions and methods that CuPy does not have."""
-    unknown = []
-    for node in ast.walk(ast.parse(text)):
+    unknown, tree = [], ast.parse(text)
+    imported = {a.asname or a.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                for a in node.names}
+    for node in ast.walk(tree):
         function = getattr(node, "func", node)
         used, names, root = {k.arg for k in getattr(node, "keywords", ())}, [], function
         while isinstance(root, ast.Attribute):
@@ -1714,7 +1716,7 @@ def unknown_to_cupy(text, cupy):
                 unknown.append((node.lineno, ".".join(names)))
                 continue
         else:                                                           # perhaps a method
-            found = None if root == "np" else getattr(cupy.ndarray, names[-1], None)
+            found = None if root in imported else getattr(cupy.ndarray, names[-1], None)
         if found is not None and used - (accepted(found) or used):
             unknown.append((node.lineno, ".".join(names), used))
     return unknown
