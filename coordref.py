@@ -776,6 +776,14 @@ def _columns(x, geo, block, layout):
         *copies.strides[:h + 2], line * geo.dilation[h], line * lines[0], x.itemsize))
 
 
+def _per_point(x, geo, shared):
+    """Numbers per output point in the columns of x, where so many rows of taps share one copy, or
+    in the padded image, if that is more."""
+    padded = math.prod(n + p + q for n, (p, q) in zip(x.shape[2:], geo.pads))
+    copied = any(map(any, geo.pads)) * padded // max(1, math.prod(geo.out))
+    return x.shape[1] * max(math.prod(geo.kernel) // shared, copied)
+
+
 def _weight_matrix(w, geo):
     """(F, C/G, *kernel) as (G, F/G, taps), the taps in the order of _columns."""
     order = (0, w.ndim - 2, *range(2, w.ndim - 2), 1, w.ndim - 1)
@@ -833,7 +841,7 @@ def _correlate(x, w, geo, base=None, last=False, result=None):
         if base is not None:
             target += base[(slice(None), *block[1:])]
     shared = 1 if merge or geo.dilation[-2] > 1 else -(-geo.kernel[-2] // geo.stride[-2])
-    _spread(xp, fill, _blocks(len(x), geo.out, x.itemsize * max(K * G // shared, F)))
+    _spread(xp, fill, _blocks(len(x), geo.out, x.itemsize * max(_per_point(x, geo, shared), F)))
     return result
 
 
@@ -906,7 +914,7 @@ def _correlate_dw(dy, x, geo, shape):
         return dw
     shared = 1 if merge or geo.stride[-2] > 1 else geo.kernel[-2]
     blocks = _blocks(len(x), geo.out, x.itemsize * max(
-        K * G // shared, F * G,
+        _per_point(x, geo, shared), F * G,
         K * F * G // min(512, math.prod(geo.out[-2:]))), math.inf)
     # two to eight sums, whatever the number of cores, so that the rounding does not depend on it
     sums = min(len(blocks), max(2, min(8, _BLOCK // max(1, x.itemsize * K * F * G))))

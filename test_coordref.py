@@ -692,6 +692,8 @@ def memory_left(x, w, options):
     ((64, 32, 512, 3), (8, 32, 5, 3), {"padding": 1}),
     ((23, 7, 18, 19, 6), (77, 7, 11, 9, 4), {"stride": (1, 1, 2), "padding": "same"}),
     ((12, 167, 6, 10, 1), (47, 167, 2, 9, 4), {"padding": 3}),
+    ((200, 97, 2, 2, 2), (194, 1, 5, 10, 7),
+     {"groups": 97, "stride": (2, 4, 4), "dilation": (2, 1, 8), "padding": "same"}),
 ])
 def test_convolution_takes_a_bounded_memory(x, w, options):
     assert memory_left(x, w, options) >= 0
