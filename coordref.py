@@ -919,7 +919,8 @@ def _pixels(x):
 def _sum_by_filter(dy):
     """db[f] = sum over images and pixels of dy[n, f]."""
     pixels = _pixels(dy)
-    return (pixels @ _xp(dy).ones(pixels.shape[2], dy.dtype)).sum(axis=0)
+    with _one_blas_thread():
+        return (pixels @ _xp(dy).ones(pixels.shape[2], dy.dtype)).sum(axis=0)
 
 
 def _column(b, rank):
@@ -1092,6 +1093,11 @@ def _coord_geometry(fn, x, w, b, size, radius, scale, stride, padding, dilation)
             x.shape[2:] if size is None else size)
 
 
+def _tensordot(a, b, *axes):
+    with _one_blas_thread():
+        return _xp(a).tensordot(a, b, axes=axes)
+
+
 # The coordinate along axis a is c(i_a) times 1 on every other axis, inside the image, so that its
 # convolution is one small matrix product per axis: contract the kernel's axis b with the matrix
 # that holds at [o, k] what tap k of output o reads, the coordinate for b = a and else a 1.
@@ -1111,7 +1117,7 @@ def _reads(geo, size, scale, dtype, xp):
 def _contract(t, matrices, side):
     """t (..., *kernel) to (..., *out) for side 1, and back for side 0: an axis per matrix."""
     for matrix in matrices:
-        t = _xp(t).tensordot(t, matrix, axes=((t.ndim - len(matrices),), (side,)))
+        t = _tensordot(t, matrix, (t.ndim - len(matrices),), (side,))
     return t
 
 
@@ -1180,7 +1186,7 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
         reach = _contract(w_[:, :C], _tile(geo, reads)[1], 1)
         y = _empty(xp, (x.shape[0], w.shape[0], *geo.out), x_.dtype, True)
         base = xp.moveaxis(xp.ascontiguousarray(xp.moveaxis(base, 0, -1)), -1, 0)
-        xp.add(xp.tensordot(x_.reshape(x.shape[:2]), reach, axes=((1,), (1,))), base, out=y)
+        xp.add(_tensordot(x_.reshape(x.shape[:2]), reach, (1,), (1,)), base, out=y)
     return _narrow(x.dtype, y)[0]
 
 
@@ -1226,11 +1232,11 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
     else:
         (alike, ones), axes = _tile(geo, reads), tuple(range(2, x.ndim))
         seen = dy.sum(axis=axes, keepdims=True) if alike else dy
-        per_pixel = xp.tensordot(seen, x_.reshape(N, C), axes=((0,), (0,)))      # (F, *out, C)
+        per_pixel = _tensordot(seen, x_.reshape(N, C), (0,), (0,))      # (F, *out, C)
         dw[:, :C] = _contract(xp.moveaxis(per_pixel, -1, 1), ones, 0)
         if need_dx:
             reach = _contract(w_[:, :C], ones, 1)
-            dx = xp.tensordot(seen, reach, axes=((1, *axes), (0, *axes))).reshape(x.shape)
+            dx = _tensordot(seen, reach, (1, *axes), (0, *axes)).reshape(x.shape)
     db = None if b is None else _sum_by_filter(total[None])
     return _narrow(x.dtype, dx, dw, db)
 
@@ -2574,9 +2580,9 @@ def _read(file, expected):
         names = [n for n in names if n in expected or not n.startswith("state.")]
         lacks, extra = set(expected).difference(names), set(names).difference(expected)
         if lacks or extra or len(names) > len(expected):
-            raise ValueError("it " + " and ".join(
-                f"{verb} {len(some)} arrays such as {min(some)[:60]}" for verb, some in
-                (("lacks", lacks), ("has", extra)) if some) or "has arrays twice")
+            raise ValueError("it " + (" and ".join(
+                f"{verb} {', '.join(sorted(some)[:3])[:200]}" for verb, some in
+                (("lacks", lacks), ("has", extra)) if some) or "has a name twice"))
         for name, a in expected.items():
             if archive.getinfo(name + ".npy").compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name} is compressed")
