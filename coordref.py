@@ -2208,6 +2208,22 @@ def _total(all_reduce, a):
     return total
 
 
+def _sum_of_shards(work, shards, vector, all_reduce, rank, ranks):
+    """sum(work(shard) for shard in shards), in this order, the work divided among processes.
+
+    Each shard has a row of its own, a vector of a length and dtype, to which all processes but
+    one add zeros: their sum is exact."""
+    xp, (length, dtype) = _xp(shards[0]), vector
+    parts = _spread(xp, work, shards[rank::ranks])
+    if all_reduce is not None:
+        rows = xp.zeros((len(shards), length), dtype)
+        for i, part in enumerate(parts):
+            rows[rank + i * ranks] = part
+        rows = _total(all_reduce, rows.ravel()).reshape(rows.shape)
+        parts = [rows[i] for i in range(len(shards))]
+    return sum(parts)
+
+
 def _join(all_reduce, xp, dtype, digest):
     """The number of this process and how many there are, found by nothing but sums.
 
@@ -2267,13 +2283,23 @@ def _resumed(path, net, state, rng):
     if not os.path.exists(path):
         return net, state
     _, found = load(path, net, {"arguments": state["arguments"]})
-    was, now = (json.loads(s["arguments"].item()) for s in (found, state))
-    differ = [f"{key} {was.get(key)!r}, here {value!r}" for key, value in now.items()
-              if was.get(key) != value]
-    if differ:
-        raise ValueError(f"train: checkpoint {path} is of another training: " + "; ".join(differ))
-    net, state = load(path, net, state)
-    rng.bit_generator.state = json.loads(state["rng"].item())
+    now = json.loads(state["arguments"].item())
+    try:
+        was = dict(json.loads(found["arguments"].item()))
+        if was != now:
+            raise ValueError(", ".join(f"{key} {was.get(key)!r}, here {now.get(key)!r}" for key in
+                                       {**was, **now} if was.get(key) != now.get(key)))
+        net, state = load(path, net, state)
+        if not 0 < state["step"] <= now["steps"]:
+            raise ValueError(f"{state['step']} steps of {now['steps']} are done")
+        generator = json.loads(state["rng"].item())
+        # numpy takes any position in a buffer, and would read there
+        if (not 0 <= generator.get("buffer_pos", 0) <= 4
+                or not 0 <= generator["state"].get("pos", 0) <= 624):
+            raise ValueError("its generator's state is impossible")
+        rng.bit_generator.state = generator
+    except Exception as error:
+        raise ValueError(f"train: checkpoint {path} is not of this training: {error}") from error
     return net, state
 
 
@@ -2383,27 +2409,30 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
             "eps": _real(fn, "eps", eps, 0)}
 
     flat = _flatten(net)
-    start = [a for op, params, options in net
-             for a in (op.__name__, *params, *itertools.chain(*options.items()))]
-    state = {"arguments": _text({
-        "task": task, "steps": steps, "batch_size": batch_size, "learning_rate": rate,
-        "decay": decay, "l2": l2, **adam, "scale": scale,
-        "rng": "a Generator" if seed is rng else seed if seed is None else int(seed),
-        "data": _digest(data.coords, data.train, data.canvas, data.square),
-        "start": None if seed is None else _digest(*start)}),
-        "rng": _text(rng.bit_generator.state), "step": np.zeros((), np.int64),
-        "m": xp.zeros_like(flat), "v": xp.zeros_like(flat), "loss": xp.zeros(steps, dtype)}
+    state = {"step": np.zeros((), np.int64), "m": xp.zeros_like(flat), "v": xp.zeros_like(flat),
+             "loss": xp.zeros(steps, dtype)}
+    if checkpoint is not None or all_reduce is not None:
+        start = [a for op, params, options in net
+                 for a in (op.__name__, *params, *itertools.chain(*options.items()))]
+        state["rng"] = _text(rng.bit_generator.state)
+        state["arguments"] = _text({
+            "task": task, "steps": steps, "batch_size": batch_size, "learning_rate": rate,
+            "decay": decay, "l2": l2, **adam, "scale": scale,
+            "rng": "a Generator" if seed is rng else seed if seed is None else int(seed),
+            "data": _digest(data.coords, data.train, data.canvas, data.square),
+            "start": None if seed is None else _digest(*start)})
     if checkpoint is not None:
         net, state = _resumed(checkpoint, net, state, rng)
-    rank, ranks = 0, 1
+    group = None, 0, 1
     if all_reduce is not None:
-        rank, ranks = _join(all_reduce, xp, dtype, _digest(_flatten(net), *state.values()))
+        group = all_reduce, *_join(all_reduce, xp, dtype, _digest(_flatten(net), *state.values()))
 
     trained, flat, m, v, losses = net, _flatten(net), state["m"], state["v"], state["loss"]
     done, shuffle = int(state["step"]), rng.bit_generator.state
     if done:                            # draw the order of the epoch at work again
         order = xp.asarray(rng.permutation(data.train))
     points = xp.asarray(data.coords)
+    rates = [_decayed(decay, rate, step, steps, step // per_epoch) for step in range(steps)]
     weights = xp.concatenate([xp.full(p.size, p.ndim > 1, dtype) for layer in net
                               for p in layer.params if p is not None])
     norms = [i for i, layer in enumerate(net) if _keeps_statistics(layer)]
@@ -2418,23 +2447,15 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
         batch = points[order[at:at + batch_size]]
         size = len(batch) if mixes_images else _SHARD
         live = _unflatten(_frozen(net, [None] * len(statistics)), flat)
-        shards = [batch[i:i + size] for i in range(0, len(batch), size)]
-        parts = _spread(xp, lambda shard: _shard(
-            live, data, shard, task, scale, len(shard) / len(batch), norms), shards[rank::ranks])
-        if all_reduce is not None:      # zeros for the shards of others, so that sums are exact
-            slots = xp.zeros((len(shards), ends[-1]), dtype)
-            for i, part in enumerate(parts):
-                slots[rank + i * ranks] = part
-            slots = _total(all_reduce, slots.ravel()).reshape(slots.shape)
-            parts = [slots[i] for i in range(len(shards))]
-        total = sum(parts)
+        total = _sum_of_shards(
+            lambda shard: _shard(live, data, shard, task, scale, len(shard) / len(batch), norms),
+            [batch[i:i + size] for i in range(0, len(batch), size)], (ends[-1], dtype), *group)
         loss, dw = total[0], total[1:ends[1]]
         if l2:
             loss, dw = loss + l2 * (weights * flat * flat).sum(), dw + 2 * l2 * weights * flat
         statistics = [0.9 * a + 0.1 * total[i:j] for a, i, j in
                       zip(statistics, ends[1:], ends[2:])]
-        flat, m, v = adam_step(flat, dw, m, v, step + 1, **adam, learning_rate=_decayed(
-            decay, rate, step, steps, step // per_epoch))
+        flat, m, v = adam_step(flat, dw, m, v, step + 1, learning_rate=rates[step], **adam)
         losses[step], done = loss, step + 1
         trained = _unflatten(_frozen(net, statistics), flat)
         stop = callback is not None and callback(done, trained, loss)
@@ -2442,12 +2463,11 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
         if due or xp is np:             # elsewhere to look is to wait
             _finite(done, losses[max(0, done - every):done], *(flat, m, v) if due else ())
         if due and checkpoint is not None:
-            save(checkpoint, trained, {**state, "rng": _text(shuffle), "step": np.array(
-                done, np.int64), "m": m, "v": v, "loss": losses})
+            save(checkpoint, trained, {**state, "rng": _text(shuffle), "step": np.int64(done),
+                                       "m": m, "v": v, "loss": losses})
         if stop:
             break
-    return trained, {"loss": to_numpy(losses[:done]), "learning_rate": np.array(
-        [_decayed(decay, rate, step, steps, step // per_epoch) for step in range(done)])}
+    return trained, {"loss": to_numpy(losses[:done]), "learning_rate": np.array(rates[:done])}
 
 
 def evaluate(net, data, *, task, part="test", scale="unit"):
