@@ -2299,7 +2299,8 @@ def _resumed(path, net, state, rng):
             raise ValueError("its generator's state is impossible")
         rng.bit_generator.state = generator
     except Exception as error:
-        raise ValueError(f"train: checkpoint {path} is not of this training: {error}") from error
+        raise ValueError(f"train: checkpoint {path} is not of this training: "
+                         f"{str(error) or repr(error)}") from error
     return net, state
 
 
@@ -2604,28 +2605,31 @@ def _read(file, expected):
                 f"{verb} {', '.join(sorted(some)[:3])[:200]}" for verb, some in
                 (("lacks", lacks), ("has", extra)) if some) or "has a name twice"))
         for name, a in expected.items():
-            if archive.getinfo(name + ".npy").compress_type != zipfile.ZIP_STORED:
+            info = archive.getinfo(name + ".npy")
+            if info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name} is compressed")
-            with archive.open(name + ".npy") as member:
+            with archive.open(info) as member:
                 if np.lib.format.read_magic(member) != (1, 0):
                     raise ValueError(f"{name} is in another version of the npy format")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            if (shape, dtype) != (a.shape, a.dtype):
-                raise ValueError(f"{name} is {dtype} {shape}, expected {a.dtype} {a.shape}")
-        left, digest = file.seek(-64, os.SEEK_END), hashlib.sha256()
+                if (shape, dtype) != (a.shape, a.dtype):
+                    raise ValueError(f"{name} is {dtype} {shape}, expected {a.dtype} {a.shape}")
+                if info.file_size - member.tell() != a.nbytes:
+                    raise ValueError(f"{name} has {info.file_size - member.tell()} bytes, "
+                                     f"expected {a.nbytes}")
+
+        def read(name):
+            with archive.open(name + ".npy") as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
+        if read("format") != _FORMAT:
+            raise ValueError(f"its format is {str(read('format'))!r}, expected {_FORMAT!r}")
+        end, digest = file.seek(-64, os.SEEK_END), hashlib.sha256()
         file.seek(0)
-        while left:
-            digest.update(piece := file.read(min(left, 2 ** 20)))
-            left -= len(piece)
+        while piece := file.read(min(2 ** 20, end - file.tell())):
+            digest.update(piece)
         if file.read() != digest.hexdigest().encode():
             raise ValueError("its checksum is wrong, so it is damaged or was not written by save")
-        found = {}
-        for name in expected:
-            with archive.open(name + ".npy") as member:
-                found[name] = np.lib.format.read_array(member, allow_pickle=False)
-    if found["format"] != _FORMAT:
-        raise ValueError(f"its format is {str(found['format'])!r}, expected {_FORMAT!r}")
-    return found
+        return {name: read(name) for name in expected}
 
 
 def load(path, net, state=None):
@@ -2659,7 +2663,8 @@ def load(path, net, state=None):
         try:
             found = _read(file, expected)
         except Exception as error:      # damage may show anywhere, as an error of any kind
-            raise ValueError(f"load: {path} is not a file of this network: {error}") from error
+            raise ValueError(f"load: {path} is not a file of this network: "
+                             f"{str(error) or repr(error)}") from error
     found = {name: _xp(a).asarray(found[name]) for name, a in expected.items()}
     layers = []
     for i, (op, params, options) in enumerate(net):
