@@ -2573,6 +2573,8 @@ def save(path, net, state=None):
     np.savez(content, **arrays)
     whole = content.getvalue()[:-2] + b"\x40\x00"         # the length of the comment, 64
     part = f"{path}.{os.urandom(4).hex()}.part"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"save: {path} must be a file, or the name of a new one")
     try:
         with open(part, "xb") as file:
             file.write(whole)

@@ -1161,7 +1161,8 @@ def test_the_licence_travels_in_the_file():
 
 def digest(net, history):
     """SHA-256 of everything that a training changes."""
-    arrays = [a for _, a in coordref._entries(net)] + [history["loss"], history["learning_rate"]]
+    arrays = [a for layer in net for a in (*layer.params, *layer.options.values())
+              if hasattr(a, "dtype")] + [history["loss"], history["learning_rate"]]
     return hashlib.sha256(b"".join(coordref.to_numpy(a).tobytes() for a in arrays)).hexdigest()
 
 
@@ -1460,8 +1461,12 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
             train_small(checkpoint=path)
         assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     assert digest(*train_small(checkpoint=path)) == whole
+    absent = tmp_path / "absent" / "run.npz"
+    for place in (absent, tmp_path):
+        with pytest.raises(OSError, match="save: "):
+            coordref.save(place, small_painter())
     with pytest.raises(FileNotFoundError):
-        train_small(checkpoint=tmp_path / "absent" / "run.npz")
+        train_small(checkpoint=absent)
 
 
 KILLED = """
@@ -1552,6 +1557,23 @@ def test_threads_may_call_every_function_at_once(tmp_path):
     assert not failed, failed[0]
     assert coordref._calls == [] and not coordref._one_team.locked()
     assert before == (blas and blas[0]())
+
+
+def test_the_number_of_blas_threads_does_not_change_a_bit():
+    if coordref._blas() is None:
+        pytest.skip("numpy has another BLAS than OpenBLAS")
+    get_threads, set_threads = coordref._blas()
+    before, found = get_threads(), []
+    x, w, dy = (normal(i, *s, dtype=np.float32) for i, s in
+                enumerate([(1, 1, 514, 512), (64, 3, 3, 3), (1, 64, 512, 510)]))
+    try:
+        for threads in (1, 2):
+            set_threads(threads)
+            found.append(leaves([coordref.coord_conv(x, w),
+                                 coordref.coord_conv_backward(dy, x, w)]))
+    finally:
+        set_threads(before)
+    assert found[0] == found[1]
 
 
 def leaves(value):
