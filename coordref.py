@@ -2282,16 +2282,17 @@ def _resumed(path, net, state, rng):
                 os.unlink(os.path.join(folder, part))
     if not os.path.exists(path):
         return net, state
-    _, found = load(path, net, {"arguments": state["arguments"]})
+    _, found = load(path, net, {key: state[key] for key in ("arguments", "step")})
     now = json.loads(state["arguments"].item())
     try:
         was = dict(json.loads(found["arguments"].item()))
         if was != now:
             raise ValueError(", ".join(f"{key} {was.get(key)!r}, here {now.get(key)!r}" for key in
                                        {**was, **now} if was.get(key) != now.get(key)))
-        net, state = load(path, net, state)
-        if not 0 < state["step"] <= now["steps"]:
-            raise ValueError(f"{state['step']} steps of {now['steps']} are done")
+        if not 0 < found["step"] <= now["steps"]:
+            raise ValueError(f"{found['step']} of {now['steps']} steps are done")
+        loss = _xp(state["loss"]).zeros(int(found["step"]), state["loss"].dtype)
+        net, state = load(path, net, {**state, "loss": loss})
         generator = json.loads(state["rng"].item())
         # numpy takes any position in a buffer, and would read there
         if (not 0 <= generator.get("buffer_pos", 0) <= 4
@@ -2312,8 +2313,8 @@ def _finite(step, losses, *arrays):
         raise FloatingPointError(f"train: the loss of step {first + bad[0] + 1} is "
                                  f"{losses[bad[0]]}; a smaller learning_rate may help")
     if not all(xp.isfinite(a).all() for a in arrays):
-        raise FloatingPointError(f"train: the weights after step {step} are not finite; a smaller "
-                                 "learning_rate may help")
+        raise FloatingPointError(f"train: the weights after step {step}, or their moments, are "
+                                 "not finite; a smaller learning_rate may help")
 
 
 def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_rate=0.005,
@@ -2404,14 +2405,13 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
     if steps is None:
         steps = per_epoch * _integer(fn, "epochs", 1 if epochs is None else epochs, 1)
     steps = _integer(fn, "steps", steps, 1)
-
     adam = {"beta1": _real(fn, "beta1", beta1, 0, math.nextafter(1, 0)),
             "beta2": _real(fn, "beta2", beta2, 0, math.nextafter(1, 0)),
             "eps": _real(fn, "eps", eps, 0)}
 
     flat = _flatten(net)
     state = {"step": np.zeros((), np.int64), "m": xp.zeros_like(flat), "v": xp.zeros_like(flat),
-             "loss": xp.zeros(steps, dtype)}
+             "loss": xp.zeros(0, dtype)}
     if checkpoint is not None or all_reduce is not None:
         start = [a for op, params, options in net
                  for a in (op.__name__, *params, *itertools.chain(*options.items()))]
@@ -2428,12 +2428,12 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
     if all_reduce is not None:
         group = all_reduce, *_join(all_reduce, xp, dtype, _digest(_flatten(net), *state.values()))
 
-    trained, flat, m, v, losses = net, _flatten(net), state["m"], state["v"], state["loss"]
+    trained, flat, m, v = net, _flatten(net), state["m"], state["v"]
+    losses, recent = state["loss"], []
     done, shuffle = int(state["step"]), rng.bit_generator.state
     if done:                            # draw the order of the epoch at work again
         order = xp.asarray(rng.permutation(data.train))
     points = xp.asarray(data.coords)
-    rates = [_decayed(decay, rate, step, steps, step // per_epoch) for step in range(steps)]
     weights = xp.concatenate([xp.full(p.size, p.ndim > 1, dtype) for layer in net
                               for p in layer.params if p is not None])
     norms = [i for i, layer in enumerate(net) if _keeps_statistics(layer)]
@@ -2451,24 +2451,31 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
         total = _sum_of_shards(
             lambda shard: _shard(live, data, shard, task, scale, len(shard) / len(batch), norms),
             [batch[i:i + size] for i in range(0, len(batch), size)], (ends[-1], dtype), *group)
-        loss, dw = total[0], total[1:ends[1]]
+        loss, dw = total[0].copy(), total[1:ends[1]]
         if l2:
             loss, dw = loss + l2 * (weights * flat * flat).sum(), dw + 2 * l2 * weights * flat
         statistics = [0.9 * a + 0.1 * total[i:j] for a, i, j in
                       zip(statistics, ends[1:], ends[2:])]
-        flat, m, v = adam_step(flat, dw, m, v, step + 1, learning_rate=rates[step], **adam)
-        losses[step], done = loss, step + 1
+        flat, m, v = adam_step(flat, dw, m, v, step + 1, **adam, learning_rate=_decayed(
+            decay, rate, step, steps, step // per_epoch))
+        done = step + 1
+        recent.append(loss)
         trained = _unflatten(_frozen(net, statistics), flat)
         stop = callback is not None and callback(done, trained, loss)
         due = stop or done == steps or done % every == 0
-        if due or xp is np:             # elsewhere to look is to wait
-            _finite(done, losses[max(0, done - every):done], *(flat, m, v) if due else ())
+        if due:
+            losses = xp.concatenate([losses, xp.stack(recent)])
+            _finite(done, losses[-len(recent):], flat, m, v)
+            recent = []
+        elif xp is np:                  # elsewhere to look is to wait
+            _finite(done, loss[None])
         if due and checkpoint is not None:
             save(checkpoint, trained, {**state, "rng": _text(shuffle), "step": np.int64(done),
                                        "m": m, "v": v, "loss": losses})
         if stop:
             break
-    return trained, {"loss": to_numpy(losses[:done]), "learning_rate": np.array(rates[:done])}
+    return trained, {"loss": to_numpy(losses), "learning_rate": np.array(
+        [_decayed(decay, rate, step, steps, step // per_epoch) for step in range(done)])}
 
 
 def evaluate(net, data, *, task, part="test", scale="unit"):

@@ -1571,6 +1571,7 @@ def test_the_number_of_blas_threads_does_not_change_a_bit():
             set_threads(threads)
             found.append(leaves([coordref.coord_conv(x, w),
                                  coordref.coord_conv_backward(dy, x, w)]))
+            assert get_threads() == threads
     finally:
         set_threads(before)
     assert found[0] == found[1]
