@@ -2182,9 +2182,10 @@ def _keeps_statistics(layer):
 _SHARD = 4              # images that go through a network together while it trains
 
 
-def _shard(net, data, coords, task, scale, share, norms):
-    """What some images, a share of the batch, add to its sums, as one vector: the loss, the
-    gradient, and the mean and variance of what enters the layers that norms lists."""
+def _shard(net, data, task, scale, norms, N, coords):
+    """What the images of coords add to the sums of a batch of N, as one vector: their share of the
+    loss and the gradient; the mean and variance of what enters the layers that norms lists."""
+    share = len(coords) / N
     x, target = _example(data, coords, task, scale, net[0].params[0].dtype)
     loss, loss_backward = _LOSSES[task]
     y, inputs = forward(net, x)
@@ -2448,9 +2449,10 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
         batch = points[order[at:at + batch_size]]
         size = len(batch) if mixes_images else _SHARD
         live = _unflatten(_frozen(net, [None] * len(statistics)), flat)
+        shards = [batch[i:i + size] for i in range(0, len(batch), size)]
         total = _sum_of_shards(
-            lambda shard: _shard(live, data, shard, task, scale, len(shard) / len(batch), norms),
-            [batch[i:i + size] for i in range(0, len(batch), size)], (ends[-1], dtype), *group)
+            functools.partial(_shard, live, data, task, scale, norms, len(batch)), shards,
+            (ends[-1], dtype), *group)
         loss, dw = total[0].copy(), total[1:ends[1]]
         if l2:
             loss, dw = loss + l2 * (weights * flat * flat).sum(), dw + 2 * l2 * weights * flat
@@ -2573,7 +2575,8 @@ def save(path, net, state=None):
     OSError
         If the file cannot be written; the old one is untouched.
     """
-    import hashlib          # imports that few callers need stand where they are used
+    # imports that few callers need stand where they are used
+    import hashlib
 
     arrays = {name: to_numpy(a) for name, a in _contents("save", net, state).items()}
     path, content = os.path.realpath(_path("save", path)), io.BytesIO()
@@ -2618,8 +2621,7 @@ def _read(file, expected):
             if info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name} is compressed")
             with archive.open(info) as member:
-                if np.lib.format.read_magic(member) != (1, 0):
-                    raise ValueError(f"{name} is in another version of the npy format")
+                np.lib.format.read_magic(member)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(member)
                 if (shape, dtype) != (a.shape, a.dtype):
                     raise ValueError(f"{name} is {dtype} {shape}, expected {a.dtype} {a.shape}")
@@ -2675,13 +2677,10 @@ def load(path, net, state=None):
             raise ValueError(f"load: {path} is not a file of this network: "
                              f"{str(error) or repr(error)}") from error
     found = {name: _xp(a).asarray(found[name]) for name, a in expected.items()}
-    layers = []
-    for i, (op, params, options) in enumerate(net):
-        def read(key, a):
-            return found.get(f"{i}.{op.__name__}.{key}", a)
-        layers.append(Layer(op, [read(j, p) for j, p in enumerate(params)],
-                            {key: read(key, a) for key, a in options.items()}))
-    return layers if state is None else (layers, {key: found[f"state.{key}"] for key in state})
+    net = [Layer(op, [found.get(f"{i}.{op.__name__}.{j}", p) for j, p in enumerate(params)],
+                 {key: found.get(f"{i}.{op.__name__}.{key}", a) for key, a in options.items()})
+           for i, (op, params, options) in enumerate(net)]
+    return net if state is None else (net, {key: found[f"state.{key}"] for key in state})
 
 
 # 8 THE ANALYTIC ANSWER ---------------------------------------------------------------------------
