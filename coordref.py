@@ -2330,8 +2330,9 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
     The loss that is reported and differentiated has l2 * sum(w^2) added to it, over all weights
     with more than one axis (biases and norms are left out).
 
-    The result is a function of the arguments and the seed, to the last bit: the number of cores or
-    of processes does not change it, nor does an interruption after which a checkpoint goes on.
+    On one kind of machine the result is a function of the arguments and the seed, to the last bit:
+    the number of processes does not change it, nor an interruption after which a checkpoint goes
+    on, nor, where NumPy has OpenBLAS, the number of cores.
 
     Parameters
     ----------
