@@ -594,7 +594,8 @@ def _cores():
 
 
 _one_team = threading.Lock()
-_counting, _calls = threading.Lock(), []        # for each call at work, the BLAS threads before it
+_counting = threading.Lock()
+_calls: list[int] = []                  # for each call at work, the BLAS threads before it
 
 
 @contextlib.contextmanager
@@ -2256,7 +2257,7 @@ def _text(value):
     """A value as JSON, in an array whose dtype does not depend on the digits of its numbers."""
     import json
 
-    text = json.dumps(value, default=np.ndarray.tolist).encode()
+    text = json.JSONEncoder(default=np.ndarray.tolist).encode(value).encode()
     return np.array(text, f"S{-(-len(text) // 4096) * 4096}")
 
 
@@ -2384,7 +2385,7 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
         all_reduce is given without rng.
     FloatingPointError
         If the loss or the weights are no longer finite; the checkpoint stays the last good one.
-        On a GPU, where to look means to wait, this is found at every checkpoint_every steps.
+        On a GPU, where to look means to wait, this is found at the checkpoints and at the end.
     OSError
         If the checkpoint cannot be read or written; the old one is untouched.
     """
@@ -2421,7 +2422,8 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
         state["arguments"] = _text({
             "task": task, "steps": steps, "batch_size": batch_size, "learning_rate": rate,
             "decay": decay, "l2": l2, **adam, "scale": scale,
-            "rng": "a Generator" if seed is rng else seed if seed is None else int(seed),
+            "rng": "a Generator" if isinstance(seed, np.random.Generator) else
+                   seed if seed is None else int(seed),
             "data": _digest(data.coords, data.train, data.canvas, data.square),
             "start": None if seed is None else _digest(*start)})
     if checkpoint is not None:
@@ -2430,7 +2432,7 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
     if all_reduce is not None:
         group = all_reduce, *_join(all_reduce, xp, dtype, _digest(_flatten(net), *state.values()))
 
-    trained, flat, m, v = net, _flatten(net), state["m"], state["v"]
+    trained, flat, m, v = list(net), _flatten(net), state["m"], state["v"]
     losses, recent = state["loss"], []
     done, shuffle = int(state["step"]), rng.bit_generator.state
     if done:                            # draw the order of the epoch at work again
@@ -2465,7 +2467,7 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
         recent.append(loss)
         trained = _unflatten(_frozen(net, statistics), flat)
         stop = callback is not None and callback(done, trained, loss)
-        due = stop or done == steps or done % every == 0
+        due = stop or done == steps or checkpoint is not None and done % every == 0
         if due:
             losses = xp.concatenate([losses, xp.stack(recent)])
             _finite(done, losses[-len(recent):], flat, m, v)
@@ -2579,7 +2581,8 @@ def save(path, net, state=None):
     # imports that few callers need stand where they are used
     import hashlib
 
-    arrays = {name: to_numpy(a) for name, a in _contents("save", net, state).items()}
+    arrays: dict[str, Any] = {name: to_numpy(a)
+                              for name, a in _contents("save", net, state).items()}
     path, content = os.path.realpath(_path("save", path)), io.BytesIO()
     np.savez(content, **arrays)
     whole = content.getvalue()[:-2] + b"\x40\x00"         # the length of the comment, 64
