@@ -1463,9 +1463,11 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
         assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     assert digest(*train_small(checkpoint=path)) == whole
     absent = tmp_path / "absent" / "run.npz"
-    for place in (absent, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (absent, tmp_path, tmp_path / "pipe"):     # a device is no place for a file
         with pytest.raises(OSError, match="save: "):
             coordref.save(place, small_painter())
+    assert (tmp_path / "pipe").is_fifo()
     with pytest.raises(FileNotFoundError):
         train_small(checkpoint=absent)
 
@@ -1556,18 +1558,20 @@ def test_the_number_of_blas_threads_does_not_change_a_bit():
     if coordref._blas() is None:
         pytest.skip("numpy has another BLAS than OpenBLAS")
     get_threads, set_threads = coordref._blas()
-    before, found = get_threads(), []
-    x, w, dy = (normal(i, *s, dtype=np.float32) for i, s in
-                enumerate([(1, 1, 514, 512), (64, 3, 3, 3), (1, 64, 512, 510)]))
-    try:
-        for threads in (1, 2):
-            set_threads(threads)
-            found.append(leaves([coordref.coord_conv(x, w),
-                                 coordref.coord_conv_backward(dy, x, w)]))
-            assert get_threads() == threads
-    finally:
-        set_threads(before)
-    assert found[0] == found[1]
+    before = get_threads()
+    for H, W in ((511, 509), (700, 300), (512, 512)):       # sums long enough to be shared out
+        x, w, dy = (normal(i, *s, dtype=np.float32) for i, s in
+                    enumerate([(1, 1, H, W), (64, 3, 3, 3), (1, 64, H - 2, W - 2)]))
+        found = []
+        try:
+            for threads in (1, 2):
+                set_threads(threads)
+                found.append(leaves([coordref.coord_conv(x, w), coordref.coord_conv_backward(
+                    dy, x, w, need_dx=False)]))
+                assert get_threads() == threads
+        finally:
+            set_threads(before)
+        assert found[0] == found[1]
 
 
 def leaves(value):
