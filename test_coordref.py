@@ -1201,6 +1201,21 @@ def test_a_training_goes_on_bit_for_bit_where_its_checkpoint_ends(name, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
 
 
+def test_every_array_module_goes_on_and_adds_up_over_processes(xp, tmp_path):
+    path = tmp_path / "run.npz"
+
+    def go(**options):
+        net, history = train_small(net=small_painter(xp=xp), **options)
+        assert all(type(p) is xp.ndarray for layer in net for p in layer.params)
+        return digest(net, history)
+    whole = go()
+    go(checkpoint=path, checkpoint_every=2, callback=lambda step, net, loss: step == 3)
+    assert go(checkpoint=path) == go(checkpoint=path) == go(all_reduce=lambda a: a + 0) == whole
+    assert coordref.load(path, small_painter())[0].params[0].dtype == np.float32
+    with pytest.raises(FloatingPointError, match="step"):
+        go(learning_rate=1e30, steps=2)
+
+
 @pytest.mark.parametrize("kind", [np.random.PCG64, np.random.MT19937, np.random.Philox,
                                   np.random.SFC64])
 def test_a_generator_goes_on_too(kind, tmp_path):
