@@ -1201,6 +1201,7 @@ def test_a_training_goes_on_bit_for_bit_where_its_checkpoint_ends(name, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_every_array_module_goes_on_and_adds_up_over_processes(xp, tmp_path):
     path = tmp_path / "run.npz"
 
