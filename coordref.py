@@ -79,6 +79,7 @@ Dumoulin, Visin. A guide to convolution arithmetic for deep learning. arXiv 1603
 import contextlib
 import ctypes
 import functools
+import io
 import itertools
 import math
 import os
@@ -116,6 +117,7 @@ Size = Sequence[int]
 PerAxis = int | Sequence[int]
 Padding = int | str | Sequence[int | Sequence[int]]
 Seed = np.random.Generator | int | None
+Path = str | os.PathLike[str]
 
 
 # 1 ARRAYS: the arrays that come in choose the module ---------------------------------------------
@@ -615,6 +617,25 @@ def _cores():
 
 
 _one_team = threading.Lock()
+_counting = threading.Lock()
+_calls: list[int] = []                  # for each call at work, the BLAS threads before it
+
+
+@contextlib.contextmanager
+def _one_blas_thread():
+    """Products by one BLAS thread, whose bits depend neither on the number of cores nor on what
+    other threads of the program do: the first call to come sets it, the last to go restores."""
+    get_threads, set_threads = _blas() or (lambda: 1, lambda threads: None)
+    with _counting:
+        _calls.append(_calls[0] if _calls else get_threads())
+        set_threads(1)
+    try:
+        yield
+    finally:
+        with _counting:
+            before = _calls.pop()
+            if not _calls:
+                set_threads(before)
 
 
 def _spread(xp, task, items):
@@ -623,34 +644,33 @@ def _spread(xp, task, items):
     The calling thread is one of them. Items do not depend on the number of threads and results
     keep their order, so that sums are the same on one core. OMP_NUM_THREADS sets the number. A
     task that comes here in its turn, or another thread of the program, finds the team at work and
-    goes on alone; its products may then differ in the last bit, as a product by one BLAS thread
-    does from one by several.
+    goes on alone.
     """
     results, queue, workers = [None] * len(items), enumerate(items), 1
-    if xp is np and len(items) > 1 and not _one_team.locked():
+    if xp is not np:
+        return [task(item) for item in items]
+    if len(items) > 1 and not _one_team.locked():
         _keep_memory()
         workers = min(_cores(), len(items))
 
     def work():
         for i, item in queue:           # threads take items from one iterator, one at a time
             results[i] = task(item)
-    if workers < 2 or _blas() is None or not _one_team.acquire(blocking=False):
-        work()
-        return results
-    get_threads, set_threads = _blas()
-    before, helpers = get_threads(), []
-    try:
-        set_threads(1)
-        pool = _pool(os.getpid(), _cores())
-        helpers = [pool.submit(work) for _ in range(workers - 1)]
-        work()                          # this thread is one of the team
-    finally:
+    with _one_blas_thread():
+        if workers < 2 or _blas() is None or not _one_team.acquire(blocking=False):
+            work()
+            return results
+        helpers = []
         try:
-            helpers = [h for h in helpers if not h.cancel()]
-            errors = [h.exception() for h in helpers]       # waits for them
+            pool = _pool(os.getpid(), _cores())
+            helpers = [pool.submit(work) for _ in range(workers - 1)]
+            work()                      # this thread is one of the team
         finally:
-            set_threads(before)
-            _one_team.release()
+            try:
+                helpers = [h for h in helpers if not h.cancel()]
+                errors = [h.exception() for h in helpers]       # waits for them
+            finally:
+                _one_team.release()
     for error in filter(None, errors):
         raise error
     return results
@@ -819,7 +839,7 @@ def _product(w, columns, y):
 
 def _correlate(x, w, geo, base=None, last=False, result=None):
     """y = w @ columns + base, where base (F, *out) or (F, 1, ...) holds bias and coordinates."""
-    xp, F, G, K = _xp(x), len(w), geo.groups, math.prod(w.shape[1:])
+    xp, F, G = _xp(x), len(w), geo.groups
     if result is None:
         result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
     base = None if base is None else xp.broadcast_to(base, (F, *geo.out))
@@ -933,7 +953,8 @@ def _pixels(x):
 def _sum_by_filter(dy):
     """db[f] = sum over images and pixels of dy[n, f]."""
     pixels = _pixels(dy)
-    return (pixels @ _xp(dy).ones(pixels.shape[2], dy.dtype)).sum(axis=0)
+    with _one_blas_thread():
+        return (pixels @ _xp(dy).ones(pixels.shape[2], dy.dtype)).sum(axis=0)
 
 
 def _column(b, rank):
@@ -1113,6 +1134,11 @@ def _coord_geometry(fn, x, w, b, size, radius, scale, stride, padding, dilation)
             x.shape[2:] if size is None else size)
 
 
+def _tensordot(a, b, *axes):
+    with _one_blas_thread():
+        return _xp(a).tensordot(a, b, axes=axes)
+
+
 # The coordinate along axis a is c(i_a) times 1 on every other axis, inside the image, so that its
 # convolution is one small matrix product per axis: contract the kernel's axis b with the matrix
 # that holds at [o, k] what tap k of output o reads, the coordinate for b = a and else a 1.
@@ -1132,7 +1158,7 @@ def _reads(geo, size, scale, dtype, xp):
 def _contract(t, matrices, side):
     """t (..., *kernel) to (..., *out) for side 1, and back for side 0: an axis per matrix."""
     for matrix in matrices:
-        t = _xp(t).tensordot(t, matrix, axes=((t.ndim - len(matrices),), (side,)))
+        t = _tensordot(t, matrix, (t.ndim - len(matrices),), (side,))
     return t
 
 
@@ -1204,7 +1230,7 @@ def coord_conv(x: Array, w: Array, b: Array | None = None, *, size: Size | None 
     else:
         reach = _contract(w_[:, :C], _tile(geo, reads)[1], 1)
         base = xp.moveaxis(xp.ascontiguousarray(xp.moveaxis(base, 0, -1)), -1, 0)
-        xp.add(xp.tensordot(x_.reshape(x.shape[:2]), reach, axes=((1,), (1,))), base, out=y)
+        xp.add(_tensordot(x_.reshape(x.shape[:2]), reach, (1,), (1,)), base, out=y)
     return _narrow(x.dtype, y)[0]
 
 
@@ -1252,11 +1278,11 @@ def coord_conv_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *
     else:
         (alike, ones), axes = _tile(geo, reads), tuple(range(2, x.ndim))
         seen = dy.sum(axis=axes, keepdims=True) if alike else dy
-        per_pixel = xp.tensordot(seen, x_.reshape(N, C), axes=((0,), (0,)))      # (F, *out, C)
+        per_pixel = _tensordot(seen, x_.reshape(N, C), (0,), (0,))      # (F, *out, C)
         dw[:, :C] = _contract(xp.moveaxis(per_pixel, -1, 1), ones, 0)
         if need_dx:
             reach = _contract(w_[:, :C], ones, 1)
-            dx = xp.tensordot(seen, reach, axes=((1, *axes), (0, *axes))).reshape(x.shape)
+            dx = _tensordot(seen, reach, (1, *axes), (0, *axes)).reshape(x.shape)
     db = None if b is None else _sum_by_filter(total[None])
     return _narrow(x.dtype, dx, dw, db)
 
@@ -2215,9 +2241,9 @@ def _unflatten(net, flat):
 
 
 def _frozen(net, statistics):
-    """The network with these (mean, var) in the batch_norm layers that keep statistics."""
+    """The network with these, a mean and a variance each, in the layers that keep statistics."""
     found = iter(statistics)
-    return [layer._replace(options={**layer.options, **dict(zip(("mean", "var"), next(found)))})
+    return [layer._replace(options={**layer.options, "mean": next(found), "var": next(found)})
             if _keeps_statistics(layer) else layer for layer in net]
 
 
@@ -2228,24 +2254,149 @@ def _keeps_statistics(layer):
 _SHARD = 4              # images that go through a network together while it trains
 
 
-def _shard_gradient(net, data, coords, task, scale, share, norms):
-    """The loss and the flat gradient of some images, times their share of the batch, and the
-    mean and variance of what enters the layers that norms lists."""
+def _shard(net, data, task, scale, norms, N, coords):
+    """What the images of coords add to the sums of a batch of N, as one vector: their share of the
+    loss and the gradient; the mean and variance of what enters the layers that norms lists."""
+    share = len(coords) / N
     x, target = _example(data, coords, task, scale, net[0].params[0].dtype)
     loss, loss_backward = _LOSSES[task]
     y, inputs = forward(net, x)
     _, grads = backward(net, loss_backward(share, y, target)[0], inputs, need_dx=False)
-    flat = [g.ravel() for layer in grads for g in layer if g is not None]
-    statistics = [(a.mean(axis=(0, *range(2, a.ndim))), a.var(axis=(0, *range(2, a.ndim))))
-                  for a in (inputs[i] for i in norms)]
-    return loss(y, target) * share, _xp(y).concatenate(flat), statistics
+    parts = [_xp(y).asarray(loss(y, target) * share)]
+    parts += [g for layer in grads for g in layer if g is not None]
+    for a in (inputs[i] for i in norms):
+        axes = (0, *range(2, a.ndim))
+        parts += [a.mean(axis=axes), a.var(axis=axes)]
+    return _xp(y).concatenate([p.ravel() for p in parts])
+
+
+def _total(all_reduce, a):
+    """The sum of a over the processes, from the caller's function, which may be wrong."""
+    total = all_reduce(a)
+    if type(total) is not type(a) or (total.shape, total.dtype) != (a.shape, a.dtype):
+        raise TypeError("train: all_reduce must return the sum over the processes, an array of "
+                        f"the kind, dtype and shape that it gets, {a.dtype} {a.shape}, got "
+                        + (f"{total.dtype} {total.shape}" if type(total) is type(a)
+                           else _kind(total)))
+    return total
+
+
+def _sum_of_shards(work, shards, vector, all_reduce, rank, ranks):
+    """sum(work(shard) for shard in shards), in this order, the work divided among processes.
+
+    Each shard has a row of its own, a vector of a length and dtype, to which all processes but
+    one add zeros: their sum is exact."""
+    xp, (length, dtype) = _xp(shards[0]), vector
+    parts = _spread(xp, work, shards[rank::ranks])
+    if all_reduce is not None:
+        rows = xp.zeros((len(shards), length), dtype)
+        for i, part in enumerate(parts):
+            rows[rank + i * ranks] = part
+        rows = _total(all_reduce, rows.ravel()).reshape(rows.shape)
+        parts = [rows[i] for i in range(len(shards))]
+    return sum(parts)
+
+
+def _join(all_reduce, xp, dtype, digest):
+    """The number of this process and how many there are, found by nothing but sums.
+
+    Every process marks a slot drawn at random, and the sum shows all marks to all; where two
+    drew the same slot, all draw again. This chance decides who computes what and changes no
+    result. Then each shows its digest, and all must be the same."""
+    for _ in range(20):
+        slot = int.from_bytes(os.urandom(4), "little") % 2 ** 20
+        marks = xp.zeros(2 ** 20, dtype)
+        marks[slot] = 1
+        marks = to_numpy(_total(all_reduce, marks))
+        if marks.max() == marks[slot] == 1:
+            break
+    else:
+        raise ValueError("train: all_reduce must return the sum over the processes, got "
+                         f"{marks[slot]} where this process gave 1")
+    rank, ranks = np.count_nonzero(marks[:slot]), np.count_nonzero(marks)
+    letters = list(digest.encode())
+    shown = np.zeros((ranks, len(letters)), dtype)
+    shown[rank] = letters
+    shown = to_numpy(_total(all_reduce, xp.asarray(shown.ravel()))).reshape(shown.shape)
+    if not (shown == letters).all():
+        raise ValueError(f"train: {ranks} processes must train the same network on the same data "
+                         "with the same arguments, seed and checkpoint; these differ")
+    return rank, ranks
+
+
+def _text(value):
+    """A value as JSON, in an array whose dtype does not depend on the digits of its numbers."""
+    import json
+
+    text = json.JSONEncoder(default=np.ndarray.tolist).encode(value).encode()
+    return np.array(text, f"S{-(-len(text) // 4096) * 4096}")
+
+
+def _digest(*values):
+    """SHA-256 of the bits of arrays and of the text of everything else."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for value in values:
+        bits = to_numpy(value).tobytes() if hasattr(value, "shape") else repr(value).encode()
+        digest.update(b"%d:" % len(bits) + bits)
+    return digest.hexdigest()
+
+
+def _resumed(path, net, state, rng):
+    """The network and the state in a checkpoint, and its generator's state in rng; or those that
+    are given, where there is no such file yet."""
+    import json
+
+    folder, name = os.path.split(os.path.realpath(_path("train", path, "checkpoint")))
+    for part in os.listdir(folder):     # what a run that was killed while it wrote has left
+        if part.startswith(name + ".") and part.endswith(".part"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, part))
+    if not os.path.exists(path):
+        return net, state
+    _, found = load(path, net, {key: state[key] for key in ("arguments", "step")})
+    now = json.loads(state["arguments"].item())
+    try:
+        was = dict(json.loads(found["arguments"].item()))
+        if was != now:
+            raise ValueError(", ".join(f"{key} {was.get(key)!r}, here {now.get(key)!r}" for key in
+                                       {**was, **now} if was.get(key) != now.get(key)))
+        if not 0 < found["step"] <= now["steps"]:
+            raise ValueError(f"{found['step']} of {now['steps']} steps are done")
+        loss = _xp(state["loss"]).zeros(int(found["step"]), state["loss"].dtype)
+        net, state = load(path, net, {**state, "loss": loss})
+        generator = json.loads(state["rng"].item())
+        # numpy takes any position in a buffer, and would read there
+        if (not 0 <= generator.get("buffer_pos", 0) <= 4
+                or not 0 <= generator["state"].get("pos", 0) <= 624):
+            raise ValueError("its generator's state is impossible")
+        rng.bit_generator.state = generator
+    except Exception as error:
+        raise ValueError(f"train: checkpoint {path} is not of this training: "
+                         f"{str(error) or repr(error)}") from error
+    return net, state
+
+
+def _finite(step, losses, *arrays):
+    """Raise if one of the last losses, up to this step, or of the arrays is not finite."""
+    xp, first = _xp(losses), step - len(losses)
+    bad = np.flatnonzero(~np.isfinite(to_numpy(losses)))
+    if len(bad):
+        raise FloatingPointError(f"train: the loss of step {first + bad[0] + 1} is "
+                                 f"{losses[bad[0]]}; a smaller learning_rate may help")
+    if not all(xp.isfinite(a).all() for a in arrays):
+        raise FloatingPointError(f"train: the weights after step {step}, or their moments, are "
+                                 "not finite; a smaller learning_rate may help")
 
 
 def train(net: Net, data: Dataset, *, task: str, steps: int | None = None,
           epochs: int | None = None, batch_size: int = 16, learning_rate: float = 0.005,
           decay: str = "linear", l2: float = 0.0, beta1: float = 0.9, beta2: float = 0.99,
           eps: float = 1e-8, scale: str = "unit", rng: Seed = None,
-          callback: Callable[[int, list[Layer], Array], Any] | None = None
+          callback: Callable[[int, list[Layer], Array], Any] | None = None,
+          checkpoint: Path | None = None, checkpoint_every: int = 100,
+          all_reduce: Callable[[Array], Array] | None = None
           ) -> tuple[list[Layer], dict[str, np.ndarray[Any, Any]]]:
     """Train a network on one of the paper's tasks with Adam.
 
@@ -2255,6 +2406,10 @@ def train(net: Net, data: Dataset, *, task: str, steps: int | None = None,
 
     The loss that is reported and differentiated has l2 * sum(w^2) added to it, over all weights
     with more than one axis (biases and norms are left out).
+
+    On one kind of machine the result is a function of the arguments and the seed, to the last bit:
+    the number of processes does not change it, nor an interruption after which a checkpoint goes
+    on, nor, where NumPy has OpenBLAS, the number of cores.
 
     Parameters
     ----------
@@ -2277,6 +2432,21 @@ def train(net: Net, data: Dataset, *, task: str, steps: int | None = None,
     callback : function of (step, net, loss), or None
         Called after each step with the number of steps done, the network so far and the loss of
         its last batch. A true answer ends the training.
+    checkpoint : str, path or None
+        A file that holds all of the training: save(checkpoint, net, state) writes it, whole or not
+        at all, every checkpoint_every steps and at the end, also if callback brings that about.
+        Where the file exists the training goes on from it, so that after an interruption the same
+        call does the rest; a finished training is given back as it was. The file belongs to one
+        training. One with other arguments, data, seed or start is refused, except that without a
+        seed, rng=None, the start is not compared. The generator's state is set from the file.
+        load(checkpoint, net) reads the network alone.
+    checkpoint_every : int
+    all_reduce : function of an array, or None
+        Takes one flat array and returns its sum over all processes that run this same call. They
+        share the work: shards of a batch go through the network apart and are added in their
+        order, whoever computed them. A network with batch_norm is one shard and gains nothing.
+        Every process gets the result and writes the checkpoint; callback must give all the same
+        answer. The array holds one gradient for each shard of 4 images; for a GPU it lies there.
 
     Returns
     -------
@@ -2286,56 +2456,107 @@ def train(net: Net, data: Dataset, *, task: str, steps: int | None = None,
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong kind or out of range, or both steps and epochs are given.
+        If an argument is of the wrong kind or out of range, both steps and epochs are given, the
+        checkpoint is damaged or of another training, processes differ in their arguments, or
+        all_reduce is given without rng.
+    FloatingPointError
+        If the loss or the weights are no longer finite; the checkpoint stays the last good one.
+        On a GPU, where to look means to wait, this is found at the checkpoints and at the end.
+    OSError
+        If the checkpoint cannot be read or written; the old one is untouched.
     """
     fn = "train"
     xp, dtype = _train_arguments(fn, net, data, task, scale)
     batch_size = _integer(fn, "batch_size", batch_size, 1)
     _one_of(fn, "decay", decay, ("linear", "constant", "step"))
     rate, l2 = _real(fn, "learning_rate", learning_rate, 0), _real(fn, "l2", l2, 0)
-    rng = _generator(fn, rng)
+    every = _integer(fn, "checkpoint_every", checkpoint_every, 1)
+    seed, rng = rng, _generator(fn, rng)
     if steps is not None and epochs is not None:
         raise ValueError(f"{fn}: give steps or epochs, not both, got steps={steps!r}, "
                          f"epochs={epochs!r}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"{fn}: callback must be a function or None, got {callback!r}")
+    for name, function in (("callback", callback), ("all_reduce", all_reduce)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{fn}: {name} must be a function or None, got {function!r}")
+    if all_reduce is not None and seed is None:
+        raise ValueError(f"{fn}: all_reduce needs rng, the same seed in every process, got None")
     per_epoch = -(-len(data.train) // batch_size)
     if steps is None:
         steps = per_epoch * _integer(fn, "epochs", 1 if epochs is None else epochs, 1)
     steps = _integer(fn, "steps", steps, 1)
+    adam = {"beta1": _real(fn, "beta1", beta1, 0, math.nextafter(1, 0)),
+            "beta2": _real(fn, "beta2", beta2, 0, math.nextafter(1, 0)),
+            "eps": _real(fn, "eps", eps, 0)}
 
-    points, flat = xp.asarray(data.coords), _flatten(net)
+    flat = _flatten(net)
+    state = {"step": np.zeros((), np.int64), "m": xp.zeros_like(flat), "v": xp.zeros_like(flat),
+             "loss": xp.zeros(0, dtype)}
+    if checkpoint is not None or all_reduce is not None:
+        start = [a for op, params, options in net
+                 for a in (op.__name__, *params, *itertools.chain(*options.items()))]
+        state["rng"] = _text(rng.bit_generator.state)
+        state["arguments"] = _text({
+            "task": task, "steps": steps, "batch_size": batch_size, "learning_rate": rate,
+            "decay": decay, "l2": l2, **adam, "scale": scale,
+            "rng": "a Generator" if isinstance(seed, np.random.Generator) else
+                   seed if seed is None else int(seed),
+            "data": _digest(data.coords, data.train, data.canvas, data.square),
+            "start": None if seed is None else _digest(*start)})
+    if checkpoint is not None:
+        net, state = _resumed(checkpoint, net, state, rng)
+    group = None, 0, 1
+    if all_reduce is not None:
+        group = all_reduce, *_join(all_reduce, xp, dtype, _digest(_flatten(net), *state.values()))
+
+    trained, flat, m, v = list(net), _flatten(net), state["m"], state["v"]
+    losses, recent = state["loss"], []
+    done, shuffle = int(state["step"]), rng.bit_generator.state
+    if done:                            # draw the order of the epoch at work again
+        order = xp.asarray(rng.permutation(data.train))
+    points = xp.asarray(data.coords)
     weights = xp.concatenate([xp.full(p.size, p.ndim > 1, dtype) for layer in net
                               for p in layer.params if p is not None])
-    m, v = xp.zeros_like(flat), xp.zeros_like(flat)
     norms = [i for i, layer in enumerate(net) if _keeps_statistics(layer)]
-    statistics = [(net[i].options["mean"], net[i].options["var"]) for i in norms]
+    statistics = [net[i].options[key] for i in norms for key in ("mean", "var")]
+    ends = [*itertools.accumulate([1, flat.size, *(a.size for a in statistics)])]
     mixes_images = any(layer.op is batch_norm for layer in net)
-    losses, rates = [], []
-    for step in range(steps):
+    for step in range(done, steps):
         at = step % per_epoch * batch_size
         if at == 0:
+            shuffle = rng.bit_generator.state
             order = xp.asarray(rng.permutation(data.train))
         batch = points[order[at:at + batch_size]]
         size = len(batch) if mixes_images else _SHARD
-        live = _unflatten(_frozen(net, [(None, None)] * len(statistics)), flat)
+        live = _unflatten(_frozen(net, [None] * len(statistics)), flat)
         shards = [batch[i:i + size] for i in range(0, len(batch), size)]
-        parts = _spread(xp, lambda shard: _shard_gradient(
-            live, data, shard, task, scale, len(shard) / len(batch), norms), shards)
-        loss, dw = sum(p[0] for p in parts), sum(p[1] for p in parts)
+        total = _sum_of_shards(
+            functools.partial(_shard, live, data, task, scale, norms, len(batch)), shards,
+            (ends[-1], dtype), *group)
+        loss, dw = total[0].copy(), total[1:ends[1]]
         if l2:
             loss, dw = loss + l2 * (weights * flat * flat).sum(), dw + 2 * l2 * weights * flat
-        statistics = [tuple(0.9 * a + 0.1 * b for a, b in zip(*pair))
-                      for pair in zip(statistics, parts[0][2])]
-        rates.append(_decayed(decay, rate, step, steps, step // per_epoch))
-        flat, m, v = adam_step(flat, dw, m, v, step + 1, learning_rate=rates[-1], beta1=beta1,
-                               beta2=beta2, eps=eps)
-        losses.append(loss)
+        statistics = [0.9 * a + 0.1 * total[i:j] for a, i, j in
+                      zip(statistics, ends[1:], ends[2:])]
+        flat, m, v = adam_step(flat, dw, m, v, step + 1, **adam, learning_rate=_decayed(
+            decay, rate, step, steps, step // per_epoch))
+        done = step + 1
+        recent.append(loss)
         trained = _unflatten(_frozen(net, statistics), flat)
-        if callback is not None and callback(step + 1, trained, loss):
+        stop = callback is not None and callback(done, trained, loss)
+        due = stop or done == steps or checkpoint is not None and done % every == 0
+        if due:
+            losses = xp.concatenate([losses, xp.stack(recent)])
+            _finite(done, losses[-len(recent):], flat, m, v)
+            recent = []
+        elif xp is np:                  # elsewhere to look is to wait
+            _finite(done, loss[None])
+        if due and checkpoint is not None:
+            save(checkpoint, trained, {**state, "rng": _text(shuffle), "step": np.int64(done),
+                                       "m": m, "v": v, "loss": losses})
+        if stop:
             break
-    return trained, {"loss": to_numpy(xp.stack([xp.asarray(a) for a in losses])),
-                     "learning_rate": np.array(rates)}
+    return list(trained), {"loss": to_numpy(losses), "learning_rate": np.array(
+        [_decayed(decay, rate, step, steps, step // per_epoch) for step in range(done)])}
 
 
 def evaluate(net: Net, data: Dataset, *, task: str, part: str = "test", scale: str = "unit"
@@ -2381,59 +2602,129 @@ def evaluate(net: Net, data: Dataset, *, task: str, part: str = "test", scale: s
     return float(xp.concatenate(_spread(xp, score, range(0, len(points), _SHARD))).mean())
 
 
-_FORMAT = "CoordConv network 1"
+_FORMAT = "CoordConv network 2"
 
 
 def _entries(net):
     """The arrays of a network by name: parameters by position, statistics by keyword."""
     for i, (op, params, options) in enumerate(net):
         for key, a in [*enumerate(params), *options.items()]:
-            if hasattr(a, "dtype"):
+            if hasattr(a, "dtype") and not np.isscalar(a):
                 yield f"{i}.{op.__name__}.{key}", a
 
 
-def _path(fn, path):
+def _contents(fn, net, state):
+    """All arrays of a file by name: its format, the network's and those of a state."""
+    found = {"format": np.array(_FORMAT), **dict(_entries(_layers(fn, net)))}
+    if not isinstance(state, (dict, type(None))):
+        raise TypeError(f"{fn}: state must be a dict of arrays or None, got {_kind(state)}")
+    for key, a in (state or {}).items():
+        found[f"state.{key}"] = (a if hasattr(a, "dtype") and not np.isscalar(a)
+                                 else np.asarray(a))
+    for name, a in found.items():
+        if a.dtype.kind not in "biufcSU":
+            raise TypeError(f"{fn}: {name} must be an array of numbers or text, got {a.dtype}")
+    return found
+
+
+def _path(fn, path, name="path"):
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{fn}: path must be a string or a path, got {path!r}")
+        raise TypeError(f"{fn}: {name} must be a string or a path, got {path!r}")
     return os.fspath(path)
 
 
-def save(path: str | os.PathLike[str], net: Net) -> None:
-    """Write the arrays of a network to an npz file, whole or not at all.
+def save(path: Path, net: Net, state: Mapping[str, Array] | None = None) -> None:
+    """Write the arrays of a network, and of a state if there is one, to an npz file.
 
-    The file is written beside its target and moved there once it is on the disk, so that an
-    interrupted save leaves the old file as it was.
+    It is written whole or not at all: beside its target, and moved there once it is on the disk,
+    so that an interrupted save leaves the old file as it was. (A process that is killed meanwhile
+    leaves a file that ends in ".part".) numpy.load reads it too. Its last 64 bytes, to the zip
+    format a comment, are the SHA-256 of all before them, by which load tells damage.
 
     Parameters
     ----------
     path : str or path
     net : list of Layer
+    state : dict of arrays, numbers or strings, or None
+        What else is to be kept, such as the moments of an optimiser.
 
     Raises
     ------
     TypeError
-        If net is not such a list.
+        If net is not such a list, or state not such a dict.
     OSError
         If the file cannot be written; the old one is untouched.
     """
-    import tempfile         # imports that few callers need stand where they are used
+    # imports that few callers need stand where they are used
+    import hashlib
 
-    arrays = {name: to_numpy(a) for name, a in _entries(_layers("save", net))}
-    path = _path("save", path)
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, part = tempfile.mkstemp(suffix=".part", dir=folder)
+    arrays: dict[str, Any] = {name: to_numpy(a)
+                              for name, a in _contents("save", net, state).items()}
+    path, content = os.path.realpath(_path("save", path)), io.BytesIO()
+    np.savez(content, **arrays)
+    whole = content.getvalue()[:-2] + b"\x40\x00"         # the length of the comment, 64
+    part = f"{path}.{os.urandom(4).hex()}.part"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"save: {path} must be a file, or the name of a new one")
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, format=np.array(_FORMAT), **arrays)
+        with open(part, "xb") as file:
+            file.write(whole)
+            file.write(hashlib.sha256(whole).hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"save: {path} could not be written and is as it was "
+                          f"before: {error.strerror}") from error
         raise
 
 
-def load(path: str | os.PathLike[str], net: Net) -> list[Layer]:
+def _read(file, expected):
+    """The expected arrays out of a file; an exception of whatever kind if that is not possible.
+
+    Names, shapes and dtypes are compared first, before memory is spent on something else."""
+    import hashlib
+    import zipfile
+
+    with zipfile.ZipFile(file) as archive:
+        names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+        names = [n for n in names if n in expected or not n.startswith("state.")]
+        lacks, extra = set(expected).difference(names), set(names).difference(expected)
+        if lacks or extra or len(names) > len(expected):
+            raise ValueError("it " + (" and ".join(
+                f"{verb} {', '.join(sorted(some)[:3])[:200]}" for verb, some in
+                (("lacks", lacks), ("has", extra)) if some) or "has a name twice"))
+        for name, a in expected.items():
+            info = archive.getinfo(name + ".npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed")
+            with archive.open(info) as member:
+                np.lib.format.read_magic(member)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+                if (shape, dtype) != (a.shape, a.dtype):
+                    raise ValueError(f"{name} is {dtype} {shape}, expected {a.dtype} {a.shape}")
+                if info.file_size - member.tell() != a.nbytes:
+                    raise ValueError(f"{name} has {info.file_size - member.tell()} bytes, "
+                                     f"expected {a.nbytes}")
+
+        def read(name):
+            with archive.open(name + ".npy") as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
+        if read("format") != _FORMAT:
+            raise ValueError(f"its format is {str(read('format'))!r}, expected {_FORMAT!r}")
+        end, digest = file.seek(-64, os.SEEK_END), hashlib.sha256()
+        file.seek(0)
+        while piece := file.read(min(2 ** 20, end - file.tell())):
+            digest.update(piece)
+        if file.read() != digest.hexdigest().encode():
+            raise ValueError("its checksum is wrong, so it is damaged or was not written by save")
+        return {name: read(name) for name in expected}
+
+
+def load(path: Path, net: Net, state: Mapping[str, Array] | None = None) -> Any:
     """Read back what save wrote, into a network of the same layers.
 
     Parameters
@@ -2441,54 +2732,36 @@ def load(path: str | os.PathLike[str], net: Net) -> list[Layer]:
     path : str or path
     net : list of Layer
         Gives the layers, and which arrays of which shape, dtype and module to expect.
+    state : dict of arrays, numbers or strings, or None
+        The same for the state; what the file has beyond it is left alone.
 
     Returns
     -------
-    list of Layer, new, with the arrays of the file
+    net : list of Layer, new, with the arrays of the file
+    state : dict of arrays, only if state was given
 
     Raises
     ------
     TypeError
-        If net is not such a list.
+        If net is not such a list, or state not such a dict.
     ValueError
-        If the file is damaged or foreign, or holds another network.
+        If the file is damaged in any byte or foreign, or holds another network or state. Names,
+        shapes and dtypes are compared before memory is spent on them.
     OSError
-        If the file cannot be read.
+        If the file cannot be opened.
     """
-    import zipfile
-    import zlib
-
-    expected, path = dict(_entries(_layers("load", net))), _path("load", path)
+    expected, path = _contents("load", net, state), _path("load", path)
     with open(path, "rb") as file:
         try:
-            with zipfile.ZipFile(file) as archive:
-                sizes = {info.filename.removesuffix(".npy"): info.file_size
-                         for info in archive.infolist()}
-            if set(sizes) != {"format", *expected}:
-                raise ValueError("it holds " + (", ".join(sorted(sizes)) or "nothing"))
-            for name, a in expected.items():
-                if sizes[name] > a.nbytes + 4096:               # before memory is spent on it
-                    raise ValueError(f"{name} has {sizes[name]} bytes, expected {a.nbytes}")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as found:
-                found = {name: found[name] for name in sizes}
-            if str(found["format"]) != _FORMAT:
-                raise ValueError(f"its format is {str(found['format'])[:40]!r}")
-            for name, a in expected.items():
-                if (found[name].shape, found[name].dtype) != (a.shape, a.dtype):
-                    raise ValueError(f"{name} is {found[name].dtype} {found[name].shape}, "
-                                     f"expected {a.dtype} {a.shape}")
-        except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError,
-                zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"load: {path} is not a file of this network: {error}") from error
-    layers = []
-    for i, (op, params, options) in enumerate(net):
-        def read(key, a):
-            name = f"{i}.{op.__name__}.{key}"
-            return _xp(a).asarray(found[name]) if name in found else a
-        layers.append(Layer(op, [read(j, p) for j, p in enumerate(params)],
-                            {key: read(key, a) for key, a in options.items()}))
-    return layers
+            found = _read(file, expected)
+        except Exception as error:      # damage may show anywhere, as an error of any kind
+            raise ValueError(f"load: {path} is not a file of this network: "
+                             f"{str(error) or repr(error)}") from error
+    found = {name: _xp(a).asarray(found[name]) for name, a in expected.items()}
+    net = [Layer(op, [found.get(f"{i}.{op.__name__}.{j}", p) for j, p in enumerate(params)],
+                 {key: found.get(f"{i}.{op.__name__}.{key}", a) for key, a in options.items()})
+           for i, (op, params, options) in enumerate(net)]
+    return net if state is None else (net, {key: found[f"state.{key}"] for key in state})
 
 
 # 8 THE ANALYTIC ANSWER ---------------------------------------------------------------------------

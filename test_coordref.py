@@ -8,19 +8,30 @@ NumPy, on a strict stand-in for CuPy, and on CuPy itself where a GPU answers.
 
 import ast
 import doctest
+import errno
 import functools
+import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
+import json
 import math
 import operator
+import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import types
 import typing
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +62,8 @@ ASKED = {           # upload: an array to the device; get: one to the host; read
     "best_module": "read", "coordconv_painter": "upload", "decode": "read",
     "decoder_network": "upload", "encode": "upload read", "encoder_network": "upload",
     "evaluate": "upload read", "he_normal": "upload", "load": "upload", "_log_softmax": "read",
-    "save": "get", "train": "upload get",
+    "save": "get", "train": "upload get", "_contents": "get", "_digest": "get",
+    "_finite": "get read", "_join": "upload get",
 }
 MOVED = []          # the transfers that the module under test asked for
 DOUBLES = set()     # the functions of that module that made float64 arrays
@@ -1829,3 +1841,537 @@ def test_the_licence_travels_in_the_file():
     licence = words((HERE / "LICENSE").read_text())
     grant = licence[licence.index("Permission is hereby granted"):]
     assert grant in words(Path(coordref.__file__).read_text())
+
+
+# CHECKPOINTS -------------------------------------------------------------------------------------
+
+def digest(net, history):
+    """SHA-256 of everything that a training changes."""
+    arrays = [a for layer in net for a in (*layer.params, *layer.options.values())
+              if hasattr(a, "dtype")] + [history["loss"], history["learning_rate"]]
+    return hashlib.sha256(b"".join(coordref.to_numpy(a).tobytes() for a in arrays)).hexdigest()
+
+
+RUNS = {    # batches that do not divide the epoch, more than one epoch, running statistics
+    "painter": {"steps": 10, "batch_size": 17},
+    "batch norm": {"net": lambda: [*coordref.deconv_painter(kernel=2, rng=0)], "steps": 4,
+                   "data": coordref.not_so_clevr(), "batch_size": 5},
+    "regressor": {"net": lambda: coordref.coordconv_regressor(size=(12, 12), dtype=np.float64,
+                                                              rng=3),
+                  "task": "regression", "steps": 8, "batch_size": 26, "decay": "step", "l2": 1e-3},
+    "half precision": {"net": lambda: small_painter(dtype=np.float16), "steps": 6, "eps": 1e-4},
+}
+
+
+def run(name, **options):
+    options = {"task": "classification", "rng": 1, "data": SMALL, "net": small_painter,
+               **RUNS[name], **options}
+    return coordref.train(options.pop("net")(), options.pop("data"), **options)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_training_goes_on_bit_for_bit_where_its_checkpoint_ends(name, tmp_path):
+    path, whole = tmp_path / "run.npz", digest(*run(name))
+    half = RUNS[name]["steps"] // 2
+    net, history = run(name, checkpoint=path, callback=lambda step, net, loss: step == half)
+    assert len(history["loss"]) == half and digest(net, history) != whole
+    blank = [a._replace(params=[p * 0 for p in a.params]) for a in net]
+    assert same(coordref.load(path, blank), net)            # the network alone
+    code = ("import sys, test_coordref as test\n"
+            "print(test.digest(*test.run(sys.argv[1], checkpoint=sys.argv[2])))")
+    new = subprocess.run([sys.executable, "-c", code, name, path], cwd=HERE, text=True, check=True,
+                         env={**os.environ, "PYTHONHASHSEED": "random"}, stdout=subprocess.PIPE)
+    assert new.stdout.strip() == whole
+    assert digest(*run(name, checkpoint=path, callback=lambda *a: pytest.fail("a step"))) == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_every_array_module_goes_on_and_adds_up_over_processes(xp, tmp_path):
+    path = tmp_path / "run.npz"
+
+    def go(**options):
+        net, history = train_small(net=small_painter(xp=xp), **options)
+        assert all(type(p) is xp.ndarray for layer in net for p in layer.params)
+        return digest(net, history)
+    whole = go()
+    go(checkpoint=path, checkpoint_every=2, callback=lambda step, net, loss: step == 3)
+    assert go(checkpoint=path) == go(checkpoint=path) == go(all_reduce=lambda a: a + 0) == whole
+    assert coordref.load(path, small_painter())[0].params[0].dtype == np.float32
+    with pytest.raises(FloatingPointError, match="step"):
+        go(learning_rate=1e30, steps=2)
+
+
+@pytest.mark.parametrize("kind", [np.random.PCG64, np.random.MT19937, np.random.Philox,
+                                  np.random.SFC64])
+def test_a_generator_goes_on_too(kind, tmp_path):
+    path, batches = tmp_path / "run.npz", -(-len(SMALL.train) // 30)
+
+    def go(rng, stop=None, **options):
+        return digest(*train_small(steps=2 * batches + 1, batch_size=30, rng=rng, **options,
+                                   callback=lambda step, net, loss: step == stop))
+    undisturbed = np.random.Generator(kind(5))
+    whole, after = go(undisturbed), undisturbed.integers(2 ** 60)
+    for stop in (batches - 1, batches, batches + 1):        # at the end of an epoch and beside it
+        go(np.random.Generator(kind(5)), stop, checkpoint=path)
+        again = np.random.Generator(kind(5))
+        assert go(again, checkpoint=path) == whole and again.integers(2 ** 60) == after
+        path.unlink()
+    assert go(None, batches, checkpoint=path) != whole
+    assert go(None, checkpoint=path) == go(None, checkpoint=path) != whole
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    path = tmp_path / "run.npz"
+    train_small(checkpoint=path)
+    before = path.read_bytes()
+    for named, options in {
+            "steps 7, here 8": {"steps": 8}, "batch_size 16, here 4": {"batch_size": 4},
+            "learning_rate": {"learning_rate": 0.1}, "l2": {"l2": 1e-3}, "beta1": {"beta1": 0.5},
+            "beta2": {"beta2": 0.5}, "eps": {"eps": 1e-3}, "rng 1, here 2": {"rng": 2},
+            "rng 1, here 'a Generator'": {"rng": np.random.default_rng(1)},
+            "rng 1, here None": {"rng": None}, "decay 'linear'": {"decay": "constant"},
+            "scale": {"scale": "pixel"}, "task": {"task": "rendering"},
+            "start": {"net": [a._replace(params=[-p for p in a.params]) for a in
+                              small_painter()]},
+            "float32": {"net": small_painter(dtype=np.float64)},
+            "lacks 1.conv.0": {"net": coordref.coordconv_regressor(size=(12, 12)),
+                               "task": "regression"}}.items():
+        with pytest.raises(ValueError, match=named):
+            train_small(checkpoint=path, **options)
+    for data in (SMALL._replace(train=SMALL.train[::-1]), coordref.not_so_clevr("quadrant",
+                                                                               canvas=12)):
+        with pytest.raises(ValueError, match="data"):
+            coordref.train(small_painter(), data, task="classification", steps=7, rng=1,
+                           checkpoint=path)
+    assert path.read_bytes() == before
+    coordref.save(path, small_painter())
+    with pytest.raises(ValueError, match="lacks state"):
+        train_small(checkpoint=path)
+
+
+def test_a_state_keeps_names_shapes_and_dtypes(tmp_path):
+    net, path = small_painter(), tmp_path / "net.npz"
+    state = {"m": normal(0, 2, 3), "step": 7, "file": np.array("text"), "bits": b"\0a", "x": 1.5}
+    coordref.save(path, net, state)
+    again, found = coordref.load(path, net, {key: a * 0 if key == "m" else a
+                                             for key, a in state.items()})
+    assert same(net, again) and list(found) == list(state)
+    assert all(np.array_equal(found[key], a) for key, a in state.items())
+    assert np.load(path)["state.m"].dtype == np.float64 and "0.coord_conv.0" in np.load(path)
+    assert list(coordref.load(path, net, {"m": state["m"]})[1]) == ["m"]
+    for other in ({"n": 1}, {"m": np.zeros((3, 2))}, {"m": normal(0, 2, 3).astype("f4")}):
+        with pytest.raises(ValueError, match="state"):
+            coordref.load(path, net, other)
+    for bad in ([1], {"a": np.array([None])}, {"a": object()}):
+        with pytest.raises(TypeError, match="save: state"):
+            coordref.save(path, net, bad)
+
+
+# FAULTS ------------------------------------------------------------------------------------------
+
+def refuse(path, content, net, state=None):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^load: {re.escape(str(path))} is not a file of this "
+                                         "network: .{9}"):
+        coordref.load(path, net, state)
+
+
+def test_no_damage_goes_unseen(tmp_path):
+    """Every file cut at a hundredth of its length, 500 files with flipped bytes, and each byte of
+    the zip format's own records flipped, which the checksums of the members do not cover."""
+    net, path = coordref.coordconv_regressor(size=(12, 12), rng=0), tmp_path / "net.npz"
+    coordref.save(path, net, {"m": normal(0, 50)})
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for cut in [len(whole) * i // 100 for i in range(100)] + [len(whole) - i for i in (1, 64, 65)]:
+        refuse(path, whole[:cut], net)
+    for i in range(500):
+        spoiled = np.frombuffer(whole, np.uint8).copy()
+        at = rng.choice(len(whole), rng.integers(1, 9), replace=False)
+        spoiled[at] ^= rng.integers(1, 256, len(at), np.uint8)
+        refuse(path, spoiled.tobytes(), net, {"m": np.zeros(50)} if i % 2 else None)
+    records = whole.index(b"PK\1\2")
+    for at in [*range(80), *range(records, len(whole), 3)]:
+        refuse(path, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:], net)
+    for foreign in (b"", b"x" * 500, whole + b"\n", whole * 2, b"\x89PNG\r\n" + whole,
+                    b"PK\5\6" + bytes(18)):
+        refuse(path, foreign, net)
+    path.write_bytes(whole)
+    assert same(coordref.load(path, net), net)
+
+
+def sealed(members, compression=zipfile.ZIP_STORED):
+    """A zip file of these members with a right checksum: what a forger would hand over."""
+    content = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(content, "w", compression) as archive:
+        warnings.simplefilter("ignore")             # a name may come twice
+        for name, part in members:
+            archive.writestr(name, part)
+    whole = content.getvalue()[:-2] + b"\x40\0"
+    return whole + hashlib.sha256(whole).hexdigest().encode()
+
+
+def npy(header, content=b"", version=b"\1\0"):
+    header = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY" + version + len(header).to_bytes(2 if version == b"\1\0" else 4,
+                                                         "little") + header + content
+
+
+def test_no_forged_file_takes_memory_or_runs_code(tmp_path):
+    net, path = coordref.coordconv_regressor(size=(12, 12), rng=0), tmp_path / "net.npz"
+    coordref.save(path, net)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    path.write_bytes(sealed(members.items()))
+    assert same(coordref.load(path, net), net)      # so that what follows is refused for cause
+    name = "0.coord_conv.0.npy"
+    right, megabyte = members[name][128:], bytes(10 ** 6)
+    shape = "{'descr': '%s', 'fortran_order': False, 'shape': %s, }"
+    assert members[name] == npy(shape % ("<f4", net[0].params[0].shape), right)
+    huge = npy(shape % ("<f4", (2 ** 28,)), megabyte)
+    bomb = npy(shape % ("<f4", net[0].params[0].shape), bytes(2 ** 25))
+    forged = [huge, npy(shape % ("<f4", (2 ** 60, 2 ** 60)), right), bomb,
+              npy(shape % ("<f4", (-8, -3, 1, 1)), right), npy(shape % ("|O", (1,)), megabyte),
+              npy(shape % ("<f4", "(" * 9999), right), npy("{'descr': '<f4'", right),
+              npy(shape % ("<f4", net[0].params[0].shape), right, b"\3\0"),
+              npy(shape % (">f4", net[0].params[0].shape), right),
+              npy(shape % ("<f4", net[0].params[0].shape), right[:-1]), b"", megabyte,
+              pickle.dumps(forge)]
+    files = [sealed({**members, name: part}.items()) for part in forged]
+    # a directory that declares a gigabyte where there is a megabyte
+    at = files[0].rindex(b"PK\1\2", 0, files[0].index(name.encode(), len(huge)))
+    declared = files[0][:at + 20] + (2 ** 30).to_bytes(4, "little") * 2 + files[0][at + 28:-64]
+    files.append(declared + hashlib.sha256(declared).hexdigest().encode())
+    files += [sealed({**members, name: bomb}.items(), kind) for kind in (
+        zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)]
+    files += [sealed([*members.items(), (name, members[name])]),
+              sealed({**members, "more.npy": huge}.items()),
+              sealed({"x" * 60000 + str(i): b"" for i in range(20)}.items()),
+              sealed({**members, "format.npy": members["format.npy"].replace(
+                  "2".encode("utf-32-le"), "3".encode("utf-32-le"))}.items())]
+    for content in files:
+        path.write_bytes(content)
+        tracemalloc.start()
+        refuse(path, content, net)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2 ** 22 + 2 * min(len(content), 2 ** 21)
+    assert not forge.ran
+    path.write_bytes(files[0])
+    start = time.perf_counter()
+    refuse(path, files[0], net)
+    assert time.perf_counter() - start < 0.1        # the promise is a time
+
+
+class Forge:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Forge, "ran", True)
+
+
+forge = Forge()
+
+
+def test_a_forged_state_is_refused(tmp_path):
+    path = tmp_path / "run.npz"
+    rng = np.random.Generator(np.random.MT19937(1))
+    net, history = train_small(checkpoint=path, rng=rng)
+    names = {k[6:]: a for k, a in np.load(path).items() if k.startswith("state.")}
+    saved = json.loads(names["rng"].item())
+    spoil = [{"step": np.int64(8)}, {"step": np.int64(0)}, {"step": np.int64(-1)}]
+    for key, value in (("pos", 10 ** 9), ("pos", -1), ("key", [1, 2]), ("key", None)):
+        spoil.append({"rng": {**saved, "state": {**saved["state"], key: value}}})
+    spoil += [{"rng": {}}, {"rng": [1]}, {"rng": {**saved, "bit_generator": "PCG64"}},
+              {"arguments": [1]}, {"arguments": {}}, {"arguments": "}"}]
+    for bad in spoil:
+        bad = {k: a if k == "step" else np.array(json.dumps(a).encode(), names[k].dtype)
+               for k, a in bad.items()}
+        coordref.save(path, net, {**names, **bad})
+        with pytest.raises(ValueError, match="^train: checkpoint .*run.npz is not of"):
+            train_small(checkpoint=path, rng=np.random.Generator(np.random.MT19937(1)))
+    coordref.save(path, net, names)
+    assert digest(*train_small(checkpoint=path, rng=rng)) == digest(net, history)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path):
+    path, seen, whole = tmp_path / "run.npz", [], digest(*train_small(steps=20))
+
+    def poison(step, net, loss):
+        seen.append(step)
+        if step == 5:
+            net[0].params[0][0] = np.nan    # as a bad batch would: the next loss is not a number
+    for every, left in ((1, 4), (2, 4), (3, 3), (6, None), (100, None)):
+        seen.clear()
+        found = "weights after step 5" if every == 1 else "loss of step 6 is nan"
+        with pytest.raises(FloatingPointError, match=found):
+            train_small(checkpoint=path, checkpoint_every=every, callback=poison, steps=20)
+        assert seen[-1] == 6 - (every == 1)
+        assert path.exists() == (left is not None)
+        if left:
+            assert np.load(path)["state.step"] == left
+            assert all(np.isfinite(p).all() for layer in coordref.load(path, small_painter())
+                       for p in layer.params)
+            assert digest(*train_small(checkpoint=path, steps=20)) == whole
+            path.unlink()
+    with pytest.raises(FloatingPointError, match="weights after step 1"):
+        train_small(learning_rate=1e300, steps=1)
+    with pytest.raises(FloatingPointError, match="loss of step 2 is"):
+        train_small(learning_rate=1e30, steps=2)
+
+
+def test_interrupts_leave_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    path, whole = tmp_path / "run.npz", digest(*train_small())
+
+    def interrupt(step, net, loss):
+        if step == 5:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train_small(checkpoint=path, checkpoint_every=2, callback=interrupt)
+    before = path.read_bytes()
+    assert np.load(path)["state.step"] == 4
+    for name in ("fsync", "replace"):               # while the next one is written
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(coordref.os, name, lambda *args: interrupt(5, None, None))
+            train_small(checkpoint=path, checkpoint_every=2)
+        assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert digest(*train_small(checkpoint=path)) == whole
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    path, whole = tmp_path / "run.npz", digest(*train_small())
+    train_small(checkpoint=path, callback=lambda step, net, loss: step == 3)
+    before = path.read_bytes()
+    for limit in (0, 5000, len(before) - 1):        # no file may grow beyond this
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+        try:
+            with pytest.raises(OSError, match="save: .*run.npz .* as it was") as caught:
+                train_small(checkpoint=path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert caught.value.errno == errno.EFBIG
+        assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="as it was.*No space"):
+            patch.setattr(coordref.os, name, full)
+            train_small(checkpoint=path)
+        assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert digest(*train_small(checkpoint=path)) == whole
+    absent = tmp_path / "absent" / "run.npz"
+    os.mkfifo(tmp_path / "pipe")
+    for place in (absent, tmp_path, tmp_path / "pipe"):     # a device is no place for a file
+        with pytest.raises(OSError, match="save: "):
+            coordref.save(place, small_painter())
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(FileNotFoundError):
+        train_small(checkpoint=absent)
+
+
+KILLED = """
+import sys
+import coordref as cr
+print("ready", flush=True)
+cr.train(cr.coordconv_painter(size=(12, 12), rng=0), cr.not_so_clevr(canvas=12, square=3), rng=1,
+         task="classification", steps=40, checkpoint=sys.argv[1], checkpoint_every=1)
+"""
+
+
+def killed(path, delay):
+    """Whether a training, gone on with in a new process, was killed so many seconds later."""
+    with subprocess.Popen([sys.executable, "-c", KILLED, path], cwd=HERE, text=True,
+                          stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+        return process.wait() != 0
+
+
+def test_a_killed_training_resumes_and_ends_with_the_same_bits(tmp_path):
+    path, delays = tmp_path / "run.npz", np.random.default_rng().uniform(0, 0.1, 6)
+    whole = digest(*train_small(steps=40))
+    (tmp_path / "run.npz.0123abcd.part").write_bytes(b"left by a killed run")
+    (tmp_path / "other.npz.0123abcd.part").write_bytes(b"of another")
+    assert sum(killed(path, delay) for delay in delays)
+    assert digest(*train_small(steps=40, checkpoint=path)) == whole, delays
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.npz.0123abcd.part", "run.npz"]
+
+
+def test_a_link_is_followed_and_rights_are_those_of_a_new_file(tmp_path):
+    net, path = small_painter(), tmp_path / "net.npz"
+    (tmp_path / "store").mkdir()
+    path.symlink_to(tmp_path / "store" / "real.npz")
+    coordref.save(path, net)
+    assert path.is_symlink() and same(coordref.load(path, net), net)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# THREADS AND PROCESSES ---------------------------------------------------------------------------
+
+def test_threads_may_call_every_function_at_once(tmp_path):
+    """Eight threads, every function, the bits of one thread; and nothing is left behind."""
+    jobs, data = [], coordref.not_so_clevr(canvas=12, square=3)
+    for i, (name, shapes, options) in enumerate(PAIRS):
+        arrays = [normal(i + j, *s) if isinstance(s, tuple) else s for j, s in enumerate(shapes)]
+        try:
+            y = getattr(coordref, name)(*arrays, **options)
+        except (TypeError, ValueError):
+            continue
+        jobs.append((getattr(coordref, name), arrays, options))
+        jobs.append((getattr(coordref, name + "_backward"), [np.ones_like(y), *arrays], options))
+    large = [normal(i, *s, dtype=np.float32) for i, s in
+             enumerate([(4, 16, 64, 60), (24, 18, 3, 3), (24,), (4, 24, 64, 60)])]
+    jobs.append((coordref.coord_conv, large[:3], {"padding": 1}))
+    jobs.append((coordref.coord_conv_backward, [large[3], *large[:3]], {"padding": 1}))
+    jobs.append((coordref.conv_backward, [large[3], large[0], large[1][:, :16], large[2]],
+                 {"padding": 1}))
+    hot = coordref.encode(np.random.default_rng(0).integers(0, 40, (900, 2)), (40, 50))
+    jobs += [(coordref.decode, [hot], {}), (coordref.not_so_clevr, [], {"canvas": 12}),
+             (coordref.he_normal, [(3, 4)], {"rng": 0}), (coordref.axis_coords, [7], {}),
+             (coordref.coord_channels, [(5, 7)], {"radius": True}),
+             (train_small, [], {"steps": 2}),
+             (coordref.forward, [coordref.decoder_network((40, 50)), hot], {}),
+             (coordref.evaluate, [small_painter(), data], {"task": "classification"}),
+             (lambda: coordref.save(tmp_path / "net.npz", small_painter()), [], {}),
+             (lambda: coordref.load(tmp_path / "net.npz", small_painter()), [], {})]
+    assert len(jobs) > 50
+    wanted = [leaves(f(*a, **o)) for f, a, o in jobs]
+    blas, barrier = coordref._blas(), threading.Barrier(8)
+    before = blas and blas[0]()
+
+    def wrong(seed):
+        barrier.wait()
+        return [jobs[i] for i in np.random.default_rng(seed).permutation(len(jobs))
+                if leaves(jobs[i][0](*jobs[i][1], **jobs[i][2])) != wanted[i]]
+    with ThreadPoolExecutor(8) as pool:
+        assert [*itertools.chain(*pool.map(wrong, range(8)))] == []
+    assert coordref._calls == [] and not coordref._one_team.locked()
+    assert before == (blas and blas[0]())
+
+
+def test_the_number_of_blas_threads_does_not_change_a_bit():
+    if coordref._blas() is None:
+        pytest.skip("numpy has another BLAS than OpenBLAS")
+    get_threads, set_threads = coordref._blas()
+    before = get_threads()
+    for H, W in ((511, 509), (700, 300), (512, 512)):       # sums long enough to be shared out
+        x, w, dy = (normal(i, *s, dtype=np.float32) for i, s in
+                    enumerate([(1, 1, H, W), (64, 3, 3, 3), (1, 64, H - 2, W - 2)]))
+        found = []
+        try:
+            for threads in (1, 2):
+                set_threads(threads)
+                found.append(leaves([coordref.coord_conv(x, w), coordref.coord_conv_backward(
+                    dy, x, w, need_dx=False)]))
+                assert get_threads() == threads
+        finally:
+            set_threads(before)
+        assert found[0] == found[1]
+
+
+def leaves(value):
+    """The bits of a result of any nesting."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [leaves(v) for v in value]
+    return value.tobytes() if hasattr(value, "tobytes") else value
+
+
+def in_processes(ranks, job):
+    """job(rank, all_reduce) in as many threads, as processes with a common sum would run it; the
+    sum is taken in an order that changes from call to call."""
+    parts, barrier, sums = [None] * ranks, threading.Barrier(ranks), itertools.count()
+
+    def all_reduce(rank, a):
+        assert a.ndim == 1
+        parts[rank] = a
+        if barrier.wait(60) == 0:
+            order = np.random.default_rng(next(sums)).permutation(ranks)
+            all_reduce.total = sum(parts[i] for i in order)
+        barrier.wait(60)
+        return all_reduce.total.copy()
+
+    with ThreadPoolExecutor(ranks) as pool:
+        jobs = [pool.submit(job, rank, functools.partial(all_reduce, rank))
+                for rank in range(ranks)]
+        return [j.exception() or j.result() for j in jobs]
+
+
+def digests(name, ranks, **options):
+    found = in_processes(ranks, lambda rank, all_reduce: run(name, all_reduce=all_reduce,
+                                                             **options))
+    return [f if isinstance(f, Exception) else digest(*f) for f in found]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_number_of_processes_does_not_change_a_bit(name, tmp_path):
+    whole, path = digest(*run(name)), tmp_path / "run.npz"
+    for ranks in (1, 2, 4, 7) if name == "painter" else (3,):   # 7: more than there are shards
+        assert digests(name, ranks) == [whole] * ranks
+    half = RUNS[name]["steps"] // 2
+    digests(name, 2, checkpoint=path, callback=lambda step, net, loss: step == half)
+    assert digests(name, 3, checkpoint=path) == [whole] * 3     # nor does a change of it
+
+
+def test_a_sum_in_another_order_is_seen(monkeypatch):
+    def add_first(work, shards, vector, all_reduce, rank, ranks):
+        return all_reduce(sum((work(s) for s in shards[rank::ranks]), np.zeros(*vector)))
+    whole = digest(*run("painter"))
+    monkeypatch.setattr(coordref, "_sum_of_shards", add_first)
+    assert digests("painter", 3)[0] != whole
+
+
+def test_processes_that_differ_are_refused(tmp_path):
+    def differ(**options):
+        return in_processes(2, lambda rank, all_reduce: train_small(
+            all_reduce=all_reduce, **{k: v[rank] for k, v in options.items()}))
+    other = coordref.coordconv_painter(size=(12, 12), rng=9)
+    train_small(checkpoint=tmp_path / "run.npz")
+    for options in ({"rng": (1, 2)}, {"steps": (7, 8)}, {"net": (small_painter(), other)},
+                    {"l2": (0, 1e-3)}, {"checkpoint": (tmp_path / "run.npz", tmp_path / "b.npz")},
+                    {"rng": (np.random.default_rng(1), np.random.default_rng(2))}):
+        for error in differ(**options):
+            assert isinstance(error, ValueError) and "2 processes" in str(error)
+    for wrong, kind in ((lambda a: None, TypeError), (lambda a: a[:-1], TypeError),
+                        (lambda a: a.astype(float), TypeError), (lambda a: a.tolist(), TypeError),
+                        (lambda a: 2 * a, ValueError), (lambda a: 0 * a, ValueError),
+                        (lambda a: a * np.nan, ValueError)):
+        with pytest.raises(kind, match="all_reduce must return the sum"):
+            train_small(all_reduce=wrong)
+
+
+@pytest.mark.parametrize("options, error, named", [
+    ({"checkpoint": 7}, TypeError, "checkpoint"), ({"checkpoint_every": 0}, ValueError, "every"),
+    ({"checkpoint_every": 1.5}, TypeError, "every"), ({"all_reduce": 3}, TypeError, "all_reduce"),
+    ({"all_reduce": abs, "rng": None}, ValueError, "rng"), ({"beta1": 1.0}, ValueError, "beta1"),
+    ({"beta2": "x"}, TypeError, "beta2"), ({"eps": -1}, ValueError, "eps")])
+def test_bad_arguments_of_a_run_get_a_sentence(options, error, named):
+    with pytest.raises(error, match=f"^train: .*{named}"):
+        train_small(**options)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_example_with_mpi_of_the_readme(ranks, tmp_path):
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    mpiexec = shutil.which("mpiexec", path=os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if mpiexec is None:
+        pytest.skip("there is no mpiexec (pip install mpich)")
+    readme = (HERE / "README.md").read_text()
+    code, = re.findall(r"```python\n(from mpi4py.*?)```", readme, re.DOTALL)
+    assert len(code.splitlines()) <= 10
+    (tmp_path / "example.py").write_text(code.replace("steps=60", "steps=3"))
+    subprocess.run([mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "example.py"],
+                   cwd=tmp_path, check=True, timeout=300,
+                   env={**os.environ, "PYTHONPATH": str(HERE)})
+    start = coordref.coordconv_painter(start="relative", rng=0)
+    net, _ = coordref.train(start, coordref.not_so_clevr(), task="classification", steps=3,
+                            learning_rate=0.01, rng=0)
+    assert same(coordref.load(tmp_path / "painter.npz", start), net)
