@@ -76,21 +76,26 @@ Ioffe, Szegedy. Batch normalization. ICML 2015, arXiv 1502.03167.
 Dumoulin, Visin. A guide to convolution arithmetic for deep learning. arXiv 1603.07285.
 """
 
+import contextlib
 import ctypes
 import functools
+import io
 import itertools
 import math
 import os
 import sys
 import threading
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [                                                 # noqa: RUF022 (in reading order)
     "array_module", "best_module", "to_numpy", "axis_coords", "coord_channels", "add_coords",
     "add_coords_backward", "conv", "conv_backward", "conv_transpose", "conv_transpose_backward",
     "coord_conv", "coord_conv_backward", "relu", "relu_backward", "max_pool", "max_pool_backward",
@@ -105,9 +110,19 @@ __all__ = [
 ]
 
 
+# Types of arguments. An array is a numpy.ndarray or a cupy.ndarray; as CuPy may not be installed,
+# a type checker takes it on trust, and the functions check it themselves.
+Array = Any
+Size = Sequence[int]
+PerAxis = int | Sequence[int]
+Padding = int | str | Sequence[int | Sequence[int]]
+Seed = np.random.Generator | int | None
+Path = str | os.PathLike[str]
+
+
 # 1 ARRAYS: the arrays that come in choose the module ---------------------------------------------
 
-def array_module(*arrays):
+def array_module(*arrays: Array) -> ModuleType:
     """The module, numpy or cupy, whose arrays these are.
 
     Parameters
@@ -126,41 +141,43 @@ def array_module(*arrays):
     """
     cupy = sys.modules.get("cupy")
     device_array = getattr(cupy, "ndarray", ())     # () while cupy is absent or half imported
-    modules = []
     for a in arrays:
-        if isinstance(a, np.ndarray):
-            modules.append(np)
-        elif isinstance(a, device_array):
-            modules.append(cupy)
-        else:
+        if not isinstance(a, (np.ndarray, device_array)):
             raise TypeError(f"array_module: wants NumPy or CuPy arrays, got {_kind(a)}; "
                             "numpy.asarray converts")
-    if not modules:
+    if not arrays:
         raise TypeError("array_module: wants at least one array, got none")
-    if any(m is not modules[0] for m in modules):
-        raise TypeError("array_module: got NumPy and CuPy arrays in one call; "
-                        "cupy.asarray(a) moves one to the GPU, to_numpy(a) to the host")
-    return modules[0]
-
-
-def best_module():
-    """cupy if a GPU answers a small matrix product, else numpy. For scripts; never raises."""
-    try:
-        import cupy
-        works = float((cupy.ones((2, 2)) @ cupy.ones((2, 2))).sum()) == 8
-        return cupy if works else np
-    except Exception:        # a missing wheel, driver or kernel image each raise a different kind
-        return np
-
-
-def to_numpy(a):
-    """The array on the host: a itself if it is a NumPy array, else a copy of the CuPy array."""
-    return a if array_module(a) is np else a.get()
+    return _one_module("array_module", **{f"array {i}": a for i, a in enumerate(arrays)})
 
 
 def _xp(a):
     """The module of an array that was checked before."""
     return np if isinstance(a, np.ndarray) else sys.modules["cupy"]
+
+
+def _one_module(fn, **arrays):
+    modules = {name: _xp(a) for name, a in arrays.items()}
+    first, *others = modules.values()
+    if any(module is not first for module in others):
+        raise TypeError(f"{fn}: NumPy and CuPy arrays do not mix, got "
+                        + ", ".join(f"{name} {m.__name__}" for name, m in modules.items())
+                        + "; cupy.asarray(a) moves one to the GPU, to_numpy(a) to the host")
+    return first
+
+
+def best_module() -> ModuleType:
+    """cupy if a GPU answers a small matrix product, else numpy. For scripts; never raises."""
+    # a missing wheel, driver or kernel image each raise a different kind of error
+    with contextlib.suppress(Exception):
+        import cupy  # type: ignore
+        if float((cupy.ones((2, 2)) @ cupy.ones((2, 2))).sum()) == 8:
+            return cupy
+    return np
+
+
+def to_numpy(a: Array) -> np.ndarray[Any, Any]:
+    """The array on the host: a itself if it is a NumPy array, else a copy of the CuPy array."""
+    return a if array_module(a) is np else a.get()
 
 
 def _kind(value):
@@ -210,12 +227,21 @@ def _flag(fn, name, value):
     return bool(value)
 
 
+_MOST = 2 ** 46         # float16 numbers in all the memory that a process can address
+
+
+def _possible(fn, name, size):
+    if math.prod(size) > _MOST:
+        raise ValueError(f"{fn}: {name} asks for {size}, more than any memory holds")
+    return size
+
+
 def _size(fn, size):
     if not isinstance(size, (tuple, list)):
         raise TypeError(f"{fn}: size must be a tuple of integers, got {size!r}")
     if not size:
         raise ValueError(f"{fn}: size must name at least one axis, got {size!r}")
-    return _per_axis(fn, "size", size, len(size), 1)
+    return _possible(fn, "size", _per_axis(fn, "size", size, len(size), 1))
 
 
 def _float_dtype(fn, dtype):
@@ -234,7 +260,7 @@ def _module(fn, xp):
     return xp
 
 
-def _generator(fn, rng):
+def _generator(fn: str, rng: Seed) -> np.random.Generator:
     """A Generator, a seed or None as a Generator; draws are made on the host, so that a CPU and
     a GPU start from the same bits."""
     if isinstance(rng, np.random.Generator):
@@ -263,10 +289,7 @@ def _arrays(fn, optional=(), **arrays):
     if len({a.dtype for a in arrays.values()}) > 1:
         raise TypeError(f"{fn}: arrays must share a dtype, got "
                         + ", ".join(f"{k} {a.dtype}" for k, a in arrays.items()))
-    try:
-        return array_module(*arrays.values())
-    except TypeError as error:
-        raise TypeError(f"{fn}: {', '.join(arrays)}: {error}") from None
+    return _one_module(fn, **arrays)
 
 
 def _same_shape(fn, name, a, shape, what):
@@ -286,7 +309,8 @@ def _narrow(dtype, *arrays):
 
 # 2 COORDINATES -----------------------------------------------------------------------------------
 
-def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
+def axis_coords(n: int, *, scale: str = "unit", dtype: DTypeLike = np.float32,
+                xp: ModuleType = np) -> Array:
     """The coordinates of the n pixels along an axis.
 
     "unit":  c[i] = (2i - (n-1)) / (n-1), from -1 to 1, and c = [0] for n = 1
@@ -320,7 +344,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(3, scale="pixel").tolist()
     [0.0, 1.0, 2.0]
     """
-    n = _integer("axis_coords", "n", n, 1)
+    n, = _possible("axis_coords", "n", (_integer("axis_coords", "n", n, 1),))
     _one_of("axis_coords", "scale", scale, ("unit", "pixel"))
     _module("axis_coords", xp)
     dtype = _float_dtype("axis_coords", dtype)
@@ -328,7 +352,8 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     return (i if scale == "pixel" else (2 * i - (n - 1)) / max(n - 1, 1)).astype(dtype)
 
 
-def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np):
+def coord_channels(size: Size, *, radius: bool = False, scale: str = "unit",
+                   dtype: DTypeLike = np.float32, xp: ModuleType = np) -> Array:
     """The coordinate channels of an image: one per axis, then the radius if asked for.
 
     y[a, i_0, i_1, ...] = axis_coords(size[a])[i_a]     for each axis a
@@ -375,7 +400,7 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
     return y.astype(dtype)
 
 
-def add_coords(x, *, radius=False, scale="unit"):
+def add_coords(x: Array, *, radius: bool = False, scale: str = "unit") -> Array:
     """The images with coordinate channels behind their own: concatenate(x, coord_channels).
 
     Parameters
@@ -406,7 +431,8 @@ def add_coords(x, *, radius=False, scale="unit"):
     return y
 
 
-def add_coords_backward(dy, x, *, radius=False, scale="unit"):
+def add_coords_backward(dy: Array, x: Array, *, radius: bool = False, scale: str = "unit"
+                        ) -> Array:
     """Gradient of add_coords: dx = dy[:, :C], since the coordinates are constants.
 
     Parameters
@@ -454,12 +480,12 @@ def _spatial(fn, x, rank=None, name="x"):
 
 class _Geometry(NamedTuple):
     """What a convolution does to the spatial axes; one entry of each tuple per axis."""
-    kernel: tuple
-    stride: tuple
-    dilation: tuple
-    pads: tuple             # (before, after) per axis; negative crops
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]       # (before, after); negative crops
     groups: int
-    out: tuple
+    out: tuple[int, ...]
 
 
 def _span(kernel, dilation):
@@ -487,9 +513,7 @@ def _window_geometry(fn, size, kernel, stride, padding, dilation=1, groups=1):
     same = tuple(max((-(-n // s) - 1) * s + k - n, 0) for n, s, k in zip(size, stride, span))
     pads = _pad_pairs(fn, padding, rank, same)
     out = tuple((n + p + q - k) // s + 1 for n, (p, q), k, s in zip(size, pads, span, stride))
-    if math.prod(n + p + q for n, (p, q) in zip(size, pads)) > 2 ** 48:
-        raise ValueError(f"{fn}: padding {pads} makes an image of {tuple(size)} too large for any "
-                         "memory")
+    _possible(fn, "padding", tuple(n + p + q for n, (p, q) in zip(size, pads)))
     if min(kernel) < 1 or min(out) < 1:
         raise ValueError(f"{fn}: a kernel of {tuple(kernel)} with dilation {dilation} does not "
                          f"fit into an image of {tuple(size)} with padding {pads}")
@@ -545,6 +569,7 @@ def _deconv_geometry(fn, x, w, b, stride, padding, output_padding, dilation, gro
     same = tuple(f + e - n * s for f, e, n, s in zip(full, extra, size, stride))
     pads = _pad_pairs(fn, padding, rank, same)
     out = tuple(f + e - p - q for f, e, (p, q) in zip(full, extra, pads))
+    _possible(fn, f"stride {stride} and dilation {dilation}", full)
     if min(kernel) < 1 or min(size) < 1 or min(out) < 1:
         raise ValueError(f"{fn}: a kernel of {kernel} with dilation {dilation} and padding {pads} "
                          f"leaves nothing of an image of {size} {shapes}")
@@ -554,10 +579,10 @@ def _deconv_geometry(fn, x, w, b, stride, padding, output_padding, dilation, gro
 @functools.cache
 def _blas():
     """How to get and set the threads of NumPy's OpenBLAS, or None where NumPy has another BLAS."""
-    extension = sys.modules.get("numpy._core._multiarray_umath")
+    extension = getattr(sys.modules.get("numpy._core._multiarray_umath"), "__file__", None)
     for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
         try:
-            library = ctypes.CDLL(extension.__file__)       # symbols of what it links to count too
+            library = ctypes.CDLL(extension)        # symbols of what it links to count too
             return tuple(getattr(library, f"{prefix}openblas_{verb}_num_threads{suffix}")
                          for verb in ("get", "set"))
         except (AttributeError, OSError):
@@ -592,6 +617,25 @@ def _cores():
 
 
 _one_team = threading.Lock()
+_counting = threading.Lock()
+_calls: list[int] = []                  # for each call at work, the BLAS threads before it
+
+
+@contextlib.contextmanager
+def _one_blas_thread():
+    """Products by one BLAS thread, whose bits depend neither on the number of cores nor on what
+    other threads of the program do: the first call to come sets it, the last to go restores."""
+    get_threads, set_threads = _blas() or (lambda: 1, lambda threads: None)
+    with _counting:
+        _calls.append(_calls[0] if _calls else get_threads())
+        set_threads(1)
+    try:
+        yield
+    finally:
+        with _counting:
+            before = _calls.pop()
+            if not _calls:
+                set_threads(before)
 
 
 def _spread(xp, task, items):
@@ -600,34 +644,33 @@ def _spread(xp, task, items):
     The calling thread is one of them. Items do not depend on the number of threads and results
     keep their order, so that sums are the same on one core. OMP_NUM_THREADS sets the number. A
     task that comes here in its turn, or another thread of the program, finds the team at work and
-    goes on alone; its products may then differ in the last bit, as a product by one BLAS thread
-    does from one by several.
+    goes on alone.
     """
     results, queue, workers = [None] * len(items), enumerate(items), 1
-    if xp is np and len(items) > 1 and not _one_team.locked():
+    if xp is not np:
+        return [task(item) for item in items]
+    if len(items) > 1 and not _one_team.locked():
         _keep_memory()
         workers = min(_cores(), len(items))
 
     def work():
         for i, item in queue:           # threads take items from one iterator, one at a time
             results[i] = task(item)
-    if workers < 2 or _blas() is None or not _one_team.acquire(blocking=False):
-        work()
-        return results
-    get_threads, set_threads = _blas()
-    before, helpers = get_threads(), []
-    try:
-        set_threads(1)
-        pool = _pool(os.getpid(), _cores())
-        helpers = [pool.submit(work) for _ in range(workers - 1)]
-        work()                          # this thread is one of the team
-    finally:
+    with _one_blas_thread():
+        if workers < 2 or _blas() is None or not _one_team.acquire(blocking=False):
+            work()
+            return results
+        helpers = []
         try:
-            helpers = [h for h in helpers if not h.cancel()]
-            errors = [h.exception() for h in helpers]       # waits for them
+            pool = _pool(os.getpid(), _cores())
+            helpers = [pool.submit(work) for _ in range(workers - 1)]
+            work()                      # this thread is one of the team
         finally:
-            set_threads(before)
-            _one_team.release()
+            try:
+                helpers = [h for h in helpers if not h.cancel()]
+                errors = [h.exception() for h in helpers]       # waits for them
+            finally:
+                _one_team.release()
     for error in filter(None, errors):
         raise error
     return results
@@ -644,7 +687,8 @@ def _blocks(N, out, per_point, row=128):
     Four tiles if they make no more than _BLOCK bytes each: threads wait for each other at
     every call of NumPy, so few large calls beat blocks that would stay in a core's own cache
     (16 to 16 filters of 3x3: 7.1 ms in 32 blocks, 3.6 ms in 5; measured 2026-11-24)."""
-    total, tiles = N * math.prod(out) * per_point, []
+    tiles: list[list[slice]] = []
+    total = N * math.prod(out) * per_point
     room = max(1, min(_BLOCK, max(total // 4, 2 ** 19)) // max(1, per_point))
     for n, most in zip((*reversed(out), N), (row, *(math.inf,) * len(out))):
         parts = -(-n // max(1, min(n, room, most))) if n else 0
@@ -752,6 +796,14 @@ def _columns(x, geo, block, layout):
         *copies.strides[:h + 2], line * geo.dilation[h], line * lines[0], x.itemsize))
 
 
+def _per_point(x, geo, shared):
+    """Numbers per output point in the columns of x, where so many rows of taps share one copy, or
+    in the padded image, if that is more."""
+    padded = math.prod(n + p + q for n, (p, q) in zip(x.shape[2:], geo.pads))
+    copied = any(map(any, geo.pads)) * padded // max(1, math.prod(geo.out))
+    return x.shape[1] * max(math.prod(geo.kernel) // shared, copied)
+
+
 def _weight_matrix(w, geo):
     """(F, C/G, *kernel) as (G, F/G, taps), the taps in the order of _columns."""
     order = (0, w.ndim - 2, *range(2, w.ndim - 2), 1, w.ndim - 1)
@@ -785,10 +837,11 @@ def _product(w, columns, y):
                   out=y.reshape(*y.shape[:-2], F // part, part, y.shape[-1]))
 
 
-def _correlate(x, w, geo, base=None, last=False):
+def _correlate(x, w, geo, base=None, last=False, result=None):
     """y = w @ columns + base, where base (F, *out) or (F, 1, ...) holds bias and coordinates."""
-    xp, F, G, K = _xp(x), len(w), geo.groups, math.prod(w.shape[1:])
-    result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
+    xp, F, G = _xp(x), len(w), geo.groups
+    if result is None:
+        result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
     base = None if base is None else xp.broadcast_to(base, (F, *geo.out))
     geo, x, y = _planes(geo, 128, x, result)
     base = None if base is None else base.reshape(F, *geo.out)
@@ -807,8 +860,8 @@ def _correlate(x, w, geo, base=None, last=False):
             _product(w, columns, points)
         if base is not None:
             target += base[(slice(None), *block[1:])]
-    _spread(xp, fill, _blocks(len(x), geo.out,
-                              x.itemsize * max(K * G // geo.kernel[-2], F)))
+    shared = 1 if merge or geo.dilation[-2] > 1 else -(-geo.kernel[-2] // geo.stride[-2])
+    _spread(xp, fill, _blocks(len(x), geo.out, x.itemsize * max(_per_point(x, geo, shared), F)))
     return result
 
 
@@ -831,34 +884,33 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
     w = w.reshape(G, F // G, C // G, *geo.kernel).swapaxes(1, 2).reshape(C, F // G, *geo.kernel)
     base = None if base is None else xp.broadcast_to(base, (C, *size))
     phases, steps = [], [s // math.gcd(s, d) for s, d in zip(geo.stride, geo.dilation)]
-    for n, m, K, s, d, (before, _) in zip(size, geo.out, geo.kernel, geo.stride, geo.dilation,
-                                          geo.pads):
-        g, found = math.gcd(s, d), []
-        for p in range(min(s, n)):
+    for n, m, K, s, d, (before, _), step in zip(size, geo.out, geo.kernel, geo.stride,
+                                                geo.dilation, geo.pads, steps):
+        found = []
+        for p in sorted({(k * d - before) % s for k in range(K)}):
             taps = [k for k in reversed(range(K)) if (p + before - k * d) % s == 0]
-            lead, out = taps and (taps[0] * d - p - before) // s, len(range(p, n, s))
-            found.append((slice(p, None, s), taps, d // g, out, taps and (
-                lead, out + (len(taps) - 1) * d // g - m - lead)))
+            lead, out = (taps[0] * d - p - before) // s, len(range(p, n, s))
+            apart = d * step // s               # of the taps in this phase
+            found.append((slice(p, None, s), slice(taps[0], None, -step), len(taps), apart, out,
+                          (lead, out + (len(taps) - 1) * apart - m - lead)))
         phases.append(found)
 
     def run(phase):
-        places, taps, dilation, out, pads = zip(*phase)
-        part = 0 if base is None else base[(slice(None), *places)]
-        if all(taps):
-            mirror = (slice(k[0], None, -step) for k, step in zip(taps, steps))
-            part = _correlate(dy, w[(slice(None), slice(None), *mirror)], geo._replace(
-                kernel=tuple(map(len, taps)), stride=(1,) * rank, dilation=dilation, pads=pads,
-                out=out), None if base is None else part, last)
-        return places, part
+        places, mirror, kernel, dilation, out, pads = zip(*phase)
+        part = None if base is None else base[(slice(None), *places)]
+        return places, _correlate(dy, w[(slice(None), slice(None), *mirror)], geo._replace(
+            kernel=kernel, stride=(1,) * rank, dilation=dilation, pads=pads, out=out), part, last)
 
     def fill(phase):
         places, part = run(phase)
         dx[(slice(None), slice(None), *places)] = part
-    phases = list(itertools.product(*phases))
+    together = list(itertools.product(*phases))
     if max(geo.stride) == 1:
-        return run(phases[0])[1]
+        return run(together[0])[1]
     dx = _empty(xp, (len(dy), C, *size), dy.dtype, last)
-    _spread(xp, fill, phases)
+    if len(together) < math.prod(geo.stride):           # no tap reads the other phases
+        dx[...] = 0 if base is None else base
+    _spread(xp, fill, together)
     return dx
 
 
@@ -880,8 +932,9 @@ def _correlate_dw(dy, x, geo, shape):
             part = columns @ part.reshape(*outer, 1, points // run, run, F)
             dw += part.sum(axis=(*range(1, len(outer)), -3)).reshape(G, K, F)
         return dw
+    shared = 1 if merge or geo.stride[-2] > 1 else geo.kernel[-2]
     blocks = _blocks(len(x), geo.out, x.itemsize * max(
-        K * G if merge else K * G // geo.kernel[-2], F * G,
+        _per_point(x, geo, shared), F * G,
         K * F * G // min(512, math.prod(geo.out[-2:]))), math.inf)
     # two to eight sums, whatever the number of cores, so that the rounding does not depend on it
     sums = min(len(blocks), max(2, min(8, _BLOCK // max(1, x.itemsize * K * F * G))))
@@ -900,7 +953,8 @@ def _pixels(x):
 def _sum_by_filter(dy):
     """db[f] = sum over images and pixels of dy[n, f]."""
     pixels = _pixels(dy)
-    return (pixels @ _xp(dy).ones(pixels.shape[2], dy.dtype)).sum(axis=0)
+    with _one_blas_thread():
+        return (pixels @ _xp(dy).ones(pixels.shape[2], dy.dtype)).sum(axis=0)
 
 
 def _column(b, rank):
@@ -908,7 +962,8 @@ def _column(b, rank):
     return None if b is None else b.reshape(-1, *(1,) * rank)
 
 
-def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1):
+def conv(x: Array, w: Array, b: Array | None = None, *, stride: PerAxis = 1, padding: Padding = 0,
+         dilation: PerAxis = 1, groups: int = 1) -> Array:
     """Convolution over any number of spatial axes (cross-correlation, as in PyTorch and ONNX).
 
     y[n, f, o] = b[f] + sum_{c, k} x[n, c, o*stride + k*dilation - before] * w[f, c, k]
@@ -948,7 +1003,9 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1):
                                        _channels_last(x)))[0]
 
 
-def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1, need_dx=True):
+def conv_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *, stride: PerAxis = 1,
+                  padding: Padding = 0, dilation: PerAxis = 1, groups: int = 1,
+                  need_dx: bool = True) -> tuple[Array | None, Array, Array | None]:
     """Gradient of conv.
 
     dx[n, c, i] = sum over the (f, o, k) with o*stride + k*dilation - before = i
@@ -986,7 +1043,9 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
     return _narrow(x.dtype, dx, dw, None if b is None else _sum_by_filter(dy))
 
 
-def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1, groups=1):
+def conv_transpose(x: Array, w: Array, b: Array | None = None, *, stride: PerAxis = 1,
+                   padding: Padding = 0, output_padding: PerAxis = 0, dilation: PerAxis = 1,
+                   groups: int = 1) -> Array:
     """Transposed convolution: the gradient by x of a convolution, run as a forward pass.
 
     y[n, f, i] = b[f] + sum over the (c, o, k) with o*stride + k*dilation - before = i
@@ -1026,8 +1085,10 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     return _narrow(x.dtype, _correlate_dx(x_, w_, geo, size, _column(b_, len(size))))[0]
 
 
-def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1,
-                            groups=1, need_dx=True):
+def conv_transpose_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *,
+                            stride: PerAxis = 1, padding: Padding = 0, output_padding: PerAxis = 0,
+                            dilation: PerAxis = 1, groups: int = 1, need_dx: bool = True
+                            ) -> tuple[Array | None, Array, Array | None]:
     """Gradient of conv_transpose: dx is a convolution of dy by w, and dw is the dw of that
     convolution with x in the place of its upstream gradient.
 
@@ -1073,6 +1134,11 @@ def _coord_geometry(fn, x, w, b, size, radius, scale, stride, padding, dilation)
             x.shape[2:] if size is None else size)
 
 
+def _tensordot(a, b, *axes):
+    with _one_blas_thread():
+        return _xp(a).tensordot(a, b, axes=axes)
+
+
 # The coordinate along axis a is c(i_a) times 1 on every other axis, inside the image, so that its
 # convolution is one small matrix product per axis: contract the kernel's axis b with the matrix
 # that holds at [o, k] what tap k of output o reads, the coordinate for b = a and else a 1.
@@ -1092,7 +1158,7 @@ def _reads(geo, size, scale, dtype, xp):
 def _contract(t, matrices, side):
     """t (..., *kernel) to (..., *out) for side 1, and back for side 0: an axis per matrix."""
     for matrix in matrices:
-        t = _xp(t).tensordot(t, matrix, axes=((t.ndim - len(matrices),), (side,)))
+        t = _tensordot(t, matrix, (t.ndim - len(matrices),), (side,))
     return t
 
 
@@ -1105,8 +1171,9 @@ def _tile(geo, reads):
     return alike, [ones[:1] if alike else ones for _, ones in reads]
 
 
-def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1, padding=0,
-               dilation=1):
+def coord_conv(x: Array, w: Array, b: Array | None = None, *, size: Size | None = None,
+               radius: bool = False, scale: str = "unit", stride: PerAxis = 1,
+               padding: Padding = 0, dilation: PerAxis = 1) -> Array:
     """CoordConv: conv(add_coords(x), w, b) without building add_coords(x).
 
     y = conv(x, w[:, :C]) + (conv(coords, w[:, C:]) + b), since convolution is linear.
@@ -1146,6 +1213,11 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
                                 dilation)
     x_, w_, b_ = _wide(x, w, b)
     xp, C, rank = _xp(x), x.shape[1], len(grid)
+    # first of all, so that what memory cannot hold is refused before work starts. Channels last
+    # for tiles: matrix products with one pixel per row run at full speed for every size, those
+    # with one pixel per column at two thirds of it for 64 x 64 pixels (2026-11-24)
+    last = size is not None or _channels_last(x)
+    y = _empty(xp, (x.shape[0], w.shape[0], *geo.out), x_.dtype, last)
     reads = _reads(geo, grid, scale, x_.dtype, xp)
     base = 0 if b is None else _column(b_, rank)
     for a in range(rank):
@@ -1154,19 +1226,18 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
         r = coord_channels(grid, radius=True, scale=scale, dtype=x_.dtype, xp=xp)[None, rank:]
         base += _correlate(r, w_[:, C + rank:], geo)[0]
     if size is None:
-        y = _correlate(x_, w_[:, :C], geo, base, _channels_last(x))
+        _correlate(x_, w_[:, :C], geo, base, result=y)
     else:
-        # channels last: matrix products with one pixel per row run at full speed for every size,
-        # those with one pixel per column at two thirds of it for 64 x 64 pixels (2026-11-24)
         reach = _contract(w_[:, :C], _tile(geo, reads)[1], 1)
-        y = _empty(xp, (x.shape[0], w.shape[0], *geo.out), x_.dtype, True)
         base = xp.moveaxis(xp.ascontiguousarray(xp.moveaxis(base, 0, -1)), -1, 0)
-        xp.add(xp.tensordot(x_.reshape(x.shape[:2]), reach, axes=((1,), (1,))), base, out=y)
+        xp.add(_tensordot(x_.reshape(x.shape[:2]), reach, (1,), (1,)), base, out=y)
     return _narrow(x.dtype, y)[0]
 
 
-def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
-                        padding=0, dilation=1, need_dx=True):
+def coord_conv_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *,
+                        size: Size | None = None, radius: bool = False, scale: str = "unit",
+                        stride: PerAxis = 1, padding: Padding = 0, dilation: PerAxis = 1,
+                        need_dx: bool = True) -> tuple[Array | None, Array, Array | None]:
     """Gradient of coord_conv. The coordinates' part of dw needs only dy summed over the batch.
 
     Parameters
@@ -1207,24 +1278,24 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
     else:
         (alike, ones), axes = _tile(geo, reads), tuple(range(2, x.ndim))
         seen = dy.sum(axis=axes, keepdims=True) if alike else dy
-        per_pixel = xp.tensordot(seen, x_.reshape(N, C), axes=((0,), (0,)))      # (F, *out, C)
+        per_pixel = _tensordot(seen, x_.reshape(N, C), (0,), (0,))      # (F, *out, C)
         dw[:, :C] = _contract(xp.moveaxis(per_pixel, -1, 1), ones, 0)
         if need_dx:
             reach = _contract(w_[:, :C], ones, 1)
-            dx = xp.tensordot(seen, reach, axes=((1, *axes), (0, *axes))).reshape(x.shape)
+            dx = _tensordot(seen, reach, (1, *axes), (0, *axes)).reshape(x.shape)
     db = None if b is None else _sum_by_filter(total[None])
     return _narrow(x.dtype, dx, dw, db)
 
 
 # 4 THE OTHER PIECES ------------------------------------------------------------------------------
 
-def relu(x):
+def relu(x: Array) -> Array:
     """max(x, 0), elementwise; NaN stays NaN. x : array of any shape."""
     y = _arrays("relu", x=x).zeros_like(x)
     return _xp(x).maximum(x, y, out=y)         # twice as fast as against one number
 
 
-def relu_backward(dy, x):
+def relu_backward(dy: Array, x: Array) -> Array:
     """dx = dy where x > 0, else 0. dy, x : arrays of one shape."""
     _arrays("relu_backward", dy=dy, x=x)
     _same_shape("relu_backward", "dy", dy, x.shape, "x")
@@ -1250,7 +1321,8 @@ def _pool_geometry(fn, x, kernel, stride, padding):
     return geo
 
 
-def max_pool(x, *, kernel=None, stride=None, padding=0):
+def max_pool(x: Array, *, kernel: PerAxis | None = None, stride: PerAxis | None = None,
+             padding: Padding = 0) -> Array:
     """The largest pixel of each window, or of the whole image.
 
     y[n, c, o] = max_k x[n, c, o*stride + k - before]
@@ -1287,7 +1359,8 @@ def max_pool(x, *, kernel=None, stride=None, padding=0):
     return y
 
 
-def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
+def max_pool_backward(dy: Array, x: Array, *, kernel: PerAxis | None = None,
+                      stride: PerAxis | None = None, padding: Padding = 0) -> Array:
     """Gradient of max_pool: each window passes its dy to its first largest pixel.
 
     dy : array of the output's shape; x and options as in max_pool. Returns dx, of x's shape.
@@ -1310,7 +1383,8 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     return _padded(dx, tuple((-p, -q) for p, q in geo.pads)).copy()
 
 
-def mean_pool(x, *, kernel=None, stride=None, padding=0):
+def mean_pool(x: Array, *, kernel: PerAxis | None = None, stride: PerAxis | None = None,
+              padding: Padding = 0) -> Array:
     """The mean of each window, padded zeros included, or of the whole image.
 
     y[n, c, o] = sum_k x[n, c, o*stride + k - before] / taps
@@ -1340,7 +1414,8 @@ def mean_pool(x, *, kernel=None, stride=None, padding=0):
     return _narrow(dtype, y / math.prod(geo.kernel))[0]
 
 
-def mean_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
+def mean_pool_backward(dy: Array, x: Array, *, kernel: PerAxis | None = None,
+                       stride: PerAxis | None = None, padding: Padding = 0) -> Array:
     """Gradient of mean_pool: each window shares its dy out evenly.
 
     dy : array of the output's shape; x and options as in mean_pool. Returns dx, of x's shape.
@@ -1361,7 +1436,7 @@ def mean_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     return _padded(dx, tuple((-p, -q) for p, q in geo.pads)).astype(x.dtype)
 
 
-def sum_pool(x):
+def sum_pool(x: Array) -> Array:
     """y[n, c] = sum over the pixels of x[n, c]. x : (N, C, *size) array."""
     _arrays("sum_pool", x=x)
     _spatial("sum_pool", x)
@@ -1369,7 +1444,7 @@ def sum_pool(x):
     return _narrow(x.dtype, _pixels(wide).sum(axis=2))[0]
 
 
-def sum_pool_backward(dy, x):
+def sum_pool_backward(dy: Array, x: Array) -> Array:
     """dx[n, c, i] = dy[n, c]. dy : (N, C) array; x as in sum_pool."""
     xp = _arrays("sum_pool_backward", dy=dy, x=x)
     _spatial("sum_pool_backward", x)
@@ -1387,7 +1462,7 @@ def _channels(fn, x, **params):
     return (-1,) + (1,) * (x.ndim - 2), (0, *range(2, x.ndim))
 
 
-def affine(x, scale, shift):
+def affine(x: Array, scale: Array, shift: Array) -> Array:
     """y[n, c, i] = scale[c] * x[n, c, i] + shift[c].
 
     Parameters
@@ -1409,7 +1484,7 @@ def affine(x, scale, shift):
     return x * scale.reshape(wide) + shift.reshape(wide)
 
 
-def affine_backward(dy, x, scale, shift):
+def affine_backward(dy: Array, x: Array, scale: Array, shift: Array) -> tuple[Array, Array, Array]:
     """Gradient of affine: dx = scale * dy, dscale[c] = sum_{n, i} dy * x, dshift[c] = sum dy.
 
     dy : array of x's shape; the rest as in affine. Returns dx, dscale, dshift.
@@ -1439,7 +1514,8 @@ def _normalised(fn, x, scale, shift, mean, var, eps):
     return (x - mean.reshape(wide)) * rstd.reshape(wide), rstd, wide, axes
 
 
-def batch_norm(x, scale, shift, *, mean=None, var=None, eps=1e-5):
+def batch_norm(x: Array, scale: Array, shift: Array, *, mean: Array | None = None,
+               var: Array | None = None, eps: float = 1e-5) -> Array:
     """Batch normalisation: y = scale * (x - mean) / sqrt(var + eps) + shift, per channel.
 
     Parameters
@@ -1464,7 +1540,9 @@ def batch_norm(x, scale, shift, *, mean=None, var=None, eps=1e-5):
     return _narrow(x.dtype, xhat * scale.reshape(wide) + shift.reshape(wide))[0]
 
 
-def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
+def batch_norm_backward(dy: Array, x: Array, scale: Array, shift: Array, *,
+                        mean: Array | None = None, var: Array | None = None, eps: float = 1e-5
+                        ) -> tuple[Array, Array, Array]:
     """Gradient of batch_norm, with xhat = (x - mean) / sqrt(var + eps) and means per channel:
 
     dscale = sum dy * xhat,  dshift = sum dy
@@ -1494,7 +1572,7 @@ def _flat(fn, x, name="x"):
     return _wide(x.reshape(x.shape[0], math.prod(x.shape[1:])))[0]
 
 
-def softmax(x):
+def softmax(x: Array) -> Array:
     """Softmax over everything but the batch: y[n, i] = exp(x[n, i]) / sum_j exp(x[n, j]).
 
     x : (N, ...) array. Returns an array of its shape. Turns an image into a map of where.
@@ -1505,7 +1583,7 @@ def softmax(x):
     return _narrow(x.dtype, (y / y.sum(axis=1, keepdims=True)).reshape(x.shape))[0]
 
 
-def softmax_backward(dy, x):
+def softmax_backward(dy: Array, x: Array) -> Array:
     """dx[n, i] = y[n, i] * (dy[n, i] - sum_j dy[n, j] * y[n, j]). dy, x : arrays of one shape."""
     _arrays("softmax_backward", dy=dy, x=x)
     _same_shape("softmax_backward", "dy", dy, x.shape, "x")
@@ -1514,9 +1592,12 @@ def softmax_backward(dy, x):
     return _narrow(x.dtype, dx.reshape(x.shape))[0]
 
 
-def _scalar(fn, dy):
-    if not isinstance(dy, Real) and getattr(dy, "shape", None) != ():
-        raise TypeError(f"{fn}: dy, the gradient by the loss, must be a number, got {dy!r}")
+def _scalar(fn, dy, **array):
+    """The gradient by a loss of the array: a number, or an array of no dimensions beside it."""
+    if not isinstance(dy, Real):
+        if getattr(dy, "shape", None) != ():
+            raise TypeError(f"{fn}: dy, the gradient by the loss, must be a number, got {dy!r}")
+        _one_module(fn, dy=dy, **array)
     return dy
 
 
@@ -1528,7 +1609,7 @@ def _log_softmax(fn, logits, target):
     if not N:
         raise ValueError(f"{fn}: logits must hold at least one example, got {logits.shape}")
     if getattr(target, "dtype", np.dtype(float)).kind in "iu":
-        array_module(logits, target)
+        _one_module(fn, logits=logits, target=target)
         if target.shape != (N,):
             raise ValueError(f"{fn}: target must hold one label for each of {N} examples, got "
                              f"target.shape={target.shape}")
@@ -1545,7 +1626,7 @@ def _log_softmax(fn, logits, target):
     return z - xp.log(xp.exp(z).sum(axis=1, keepdims=True)), target
 
 
-def softmax_cross_entropy(logits, target):
+def softmax_cross_entropy(logits: Array, target: Array) -> Array:
     """Mean over the batch of -sum_i target[n, i] * log softmax(logits)[n, i].
 
     Parameters
@@ -1568,7 +1649,8 @@ def softmax_cross_entropy(logits, target):
     return -(log_p * target).sum(axis=1).mean().astype(logits.dtype)
 
 
-def softmax_cross_entropy_backward(dy, logits, target):
+def softmax_cross_entropy_backward(dy: Array | float, logits: Array, target: Array
+                                   ) -> tuple[Array, Array | None]:
     """Gradient of softmax_cross_entropy:
 
     dlogits[n, i] = dy / N * (softmax(logits)[n, i] * sum_j target[n, j] - target[n, i])
@@ -1577,7 +1659,7 @@ def softmax_cross_entropy_backward(dy, logits, target):
     dy : number; the rest as in softmax_cross_entropy. Returns dlogits, dtarget.
     """
     fn = "softmax_cross_entropy_backward"
-    dy = _scalar(fn, dy)
+    dy = _scalar(fn, dy, logits=logits)
     log_p, t = _log_softmax(fn, logits, target)
     xp, N = _xp(logits), logits.shape[0]
     dlogits = (xp.exp(log_p) * t.sum(axis=1, keepdims=True) - t) * (dy / N)
@@ -1593,7 +1675,7 @@ def _pair(fn, y, target, name):
     return xp, *_wide(y, target)
 
 
-def sigmoid_cross_entropy(logits, target):
+def sigmoid_cross_entropy(logits: Array, target: Array) -> Array:
     """Mean over all elements of -target * log p - (1 - target) * log(1 - p), p = sigmoid(logits),
 
     computed as max(z, 0) - z * target + log(1 + exp(-|z|)), which does not overflow.
@@ -1616,29 +1698,31 @@ def sigmoid_cross_entropy(logits, target):
     return loss.mean().astype(logits.dtype)
 
 
-def sigmoid_cross_entropy_backward(dy, logits, target):
+def sigmoid_cross_entropy_backward(dy: Array | float, logits: Array, target: Array
+                                   ) -> tuple[Array, Array]:
     """dlogits = dy / size * (sigmoid(logits) - target), dtarget = -dy / size * logits.
 
     dy : number; the rest as in sigmoid_cross_entropy. Returns dlogits, dtarget.
     """
     fn = "sigmoid_cross_entropy_backward"
     xp, z, t = _pair(fn, logits, target, "logits")
-    dy = _scalar(fn, dy) / z.size
+    dy = _scalar(fn, dy, logits=logits) / z.size
     sigmoid = (1 + xp.tanh(z / 2)) / 2                  # overflows on neither side
     return _narrow(logits.dtype, (sigmoid - t) * dy, z * -dy)
 
 
-def mean_squared_error(y, target):
+def mean_squared_error(y: Array, target: Array) -> Array:
     """Mean over all elements of (y - target)^2. y, target : arrays of one shape."""
     _, a, t = _pair("mean_squared_error", y, target, "y")
     return ((a - t) ** 2).mean().astype(y.dtype)
 
 
-def mean_squared_error_backward(dy, y, target):
+def mean_squared_error_backward(dy: Array | float, y: Array, target: Array
+                                ) -> tuple[Array, Array]:
     """dy_ = 2 * dy / size * (y - target), dtarget = -dy_. dy : number. Returns dy_, dtarget."""
     fn = "mean_squared_error_backward"
     _, a, t = _pair(fn, y, target, "y")
-    slope = (a - t) * (2 * _scalar(fn, dy) / a.size)
+    slope = (a - t) * (2 * _scalar(fn, dy, y=y) / a.size)
     return _narrow(y.dtype, slope, -slope)
 
 
@@ -1650,12 +1734,15 @@ class Layer(NamedTuple):
     op is a function of this file, or of any module where its gradient stands beside it under the
     same name with "_backward"; params are the arrays that training changes.
     """
-    op: Any
-    params: list = []
-    options: dict = {}
+    op: Callable[..., Array]
+    params: Sequence[Array] = []
+    options: Mapping[str, Any] = {}
 
 
-def forward(net, x):
+Net = Sequence[Layer]
+
+
+def forward(net: Net, x: Array) -> tuple[Array, list[Array]]:
     """Run a network.
 
     Parameters
@@ -1680,7 +1767,8 @@ def forward(net, x):
     return x, inputs
 
 
-def backward(net, dy, inputs, *, need_dx=True):
+def backward(net: Net, dy: Array, inputs: Sequence[Array], *, need_dx: bool = True
+             ) -> tuple[Array | None, list[list[Array | None]]]:
     """Gradient of forward, layer by layer from the last.
 
     Parameters
@@ -1707,7 +1795,7 @@ def backward(net, dy, inputs, *, need_dx=True):
     if len(_layers("backward", net)) != len(inputs):
         raise ValueError(f"backward: inputs must hold one array for each of {len(net)} layers, "
                          f"got {len(inputs)}")
-    grads = []
+    grads: list[list[Array | None]] = []
     for i in reversed(range(len(net))):
         op, params, options = net[i]
         if i == 0 and not need_dx and op in (conv, conv_transpose, coord_conv):
@@ -1725,7 +1813,8 @@ def _layers(fn, net):
     return net
 
 
-def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
+def he_normal(shape: Size, *, rng: Seed = None, dtype: DTypeLike = np.float32,
+              xp: ModuleType = np) -> Array:
     """Weights from a normal distribution cut off at two sigma, with variance 2 / fan_in.
 
     fan_in = prod(shape[1:]), the inputs of one filter; for a transposed convolution, whose
@@ -1777,7 +1866,9 @@ def _draw(fn, rng, dtype, xp):
     return {"rng": _generator(fn, rng), "dtype": _float_dtype(fn, dtype), "xp": _module(fn, xp)}
 
 
-def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.float32, xp=np):
+def coordconv_painter(*, start: str = "he", size: Size = (64, 64), width: int = 1,
+                      rng: Seed = None, dtype: DTypeLike = np.float32, xp: ModuleType = np
+                      ) -> list[Layer]:
     """The paper's CoordConv network from a coordinate to the logits of a pixel map.
 
     The coordinate is tiled over the image, coordinate channels join it, and five 1x1 convolutions
@@ -1816,7 +1907,7 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
     K, ones = len(size), (1,) * len(size)
     filters = [32 * width, 32 * width, 64 * width, 64 * width, 1]
     net = [_conv_layer(draw, (filters[0], 2 * K, *ones), coord_conv, size=size)]
-    for C, F in zip(filters, filters[1:]):
+    for C, F in itertools.pairwise(filters):
         net += [Layer(relu), _conv_layer(draw, (F, C, *ones))]
     if start == "relative":
         w = draw["rng"].uniform(-1, 1, (filters[0], K, *ones))
@@ -1828,7 +1919,8 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
     return net
 
 
-def deconv_painter(*, kernel=3, width=1, rng=None, dtype=np.float32, xp=np):
+def deconv_painter(*, kernel: int = 3, width: int = 1, rng: Seed = None,
+                   dtype: DTypeLike = np.float32, xp: ModuleType = np) -> list[Layer]:
     """The paper's baseline without coordinates, from a coordinate to the logits of a 64x64 map.
 
     Six transposed convolutions of stride 2 with 64, 64, 64, 32, 32 and 1 filters, batch norm and
@@ -1854,14 +1946,15 @@ def deconv_painter(*, kernel=3, width=1, rng=None, dtype=np.float32, xp=np):
     width = _integer(fn, "width", width, 1)
     channels = [2, *(width * c for c in (64, 64, 64, 32, 32)), 1]
     net = []
-    for C, F in zip(channels, channels[1:]):
+    for C, F in itertools.pairwise(channels):
         net += [_conv_layer(draw, (C, F, k, k), conv_transpose, stride=2, padding="same"),
                 _norm_layer(draw, F), Layer(relu)]
     return net[:-2]
 
 
-def coordconv_renderer(*, start="he", size=(64, 64), kernel=3, width=1, rng=None, dtype=np.float32,
-                       xp=np):
+def coordconv_renderer(*, start: str = "he", size: Size = (64, 64), kernel: int = 3,
+                       width: int = 1, rng: Seed = None, dtype: DTypeLike = np.float32,
+                       xp: ModuleType = np) -> list[Layer]:
     """The paper's CoordConv network from a coordinate to the logits of a square.
 
     A painter, a softmax over the pixels, then five convolutions with 8, 8, 16, 16 and 1 filters
@@ -1887,12 +1980,13 @@ def coordconv_renderer(*, start="he", size=(64, 64), kernel=3, width=1, rng=None
     width = _integer(fn, "width", width, 1)
     net = coordconv_painter(start=start, size=size, **draw) + [Layer(softmax)]
     channels = [1, *(width * c for c in (8, 8, 16, 16)), 1]
-    for C, F in zip(channels, channels[1:]):
+    for C, F in itertools.pairwise(channels):
         net += [_conv_layer(draw, (F, C, *(k,) * len(size)), padding="same"), Layer(relu)]
     return net[:-1]
 
 
-def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
+def coordconv_regressor(*, size: Size = (64, 64), rng: Seed = None, dtype: DTypeLike = np.float32,
+                        xp: ModuleType = np) -> list[Layer]:
     """The paper's CoordConv network from a one-hot image to its coordinate, 906 parameters.
 
     Coordinate channels and a 1x1 convolution, two more of 1x1 and one of 3x3, 8 filters each, a
@@ -1925,7 +2019,8 @@ def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
             Layer(max_pool)]
 
 
-def conv_regressor(split, *, width=1, rng=None, dtype=np.float32, xp=np):
+def conv_regressor(split: str, *, width: int = 1, rng: Seed = None, dtype: DTypeLike = np.float32,
+                   xp: ModuleType = np) -> list[Layer]:
     """The paper's baselines without coordinates, from a 64x64 one-hot image to its coordinate.
 
     "uniform": four 3x3 convolutions with 16 filters and two dense layers, 72,850 parameters.
@@ -1979,14 +2074,14 @@ class Dataset(NamedTuple):
     train, test : int64 arrays, indices into coords
     canvas, square : ints, the side of the image and of the square
     """
-    coords: np.ndarray
-    train: np.ndarray
-    test: np.ndarray
+    coords: np.ndarray[Any, Any]
+    train: np.ndarray[Any, Any]
+    test: np.ndarray[Any, Any]
     canvas: int
     square: int
 
 
-def not_so_clevr(split="uniform", *, canvas=64, square=9):
+def not_so_clevr(split: str = "uniform", *, canvas: int = 64, square: int = 9) -> Dataset:
     """The paper's data set: a square at every position where all of it is visible.
 
     Parameters
@@ -2077,7 +2172,9 @@ def _train_arguments(fn, net, data, task, scale):
     return _arrays(fn, **params), next(iter(params.values())).dtype
 
 
-def adam_step(w, dw, m, v, step, *, learning_rate=0.005, beta1=0.9, beta2=0.99, eps=1e-8):
+def adam_step(w: Array, dw: Array, m: Array, v: Array, step: int, *, learning_rate: float = 0.005,
+              beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-8
+              ) -> tuple[Array, Array, Array]:
     """One step of Adam (Kingma and Ba, algorithm 1), elementwise.
 
     m' = beta1 * m + (1 - beta1) * dw
@@ -2144,9 +2241,9 @@ def _unflatten(net, flat):
 
 
 def _frozen(net, statistics):
-    """The network with these (mean, var) in the batch_norm layers that keep statistics."""
+    """The network with these, a mean and a variance each, in the layers that keep statistics."""
     found = iter(statistics)
-    return [layer._replace(options={**layer.options, **dict(zip(("mean", "var"), next(found)))})
+    return [layer._replace(options={**layer.options, "mean": next(found), "var": next(found)})
             if _keeps_statistics(layer) else layer for layer in net]
 
 
@@ -2157,22 +2254,150 @@ def _keeps_statistics(layer):
 _SHARD = 4              # images that go through a network together while it trains
 
 
-def _shard_gradient(net, data, coords, task, scale, share, norms):
-    """The loss and the flat gradient of some images, times their share of the batch, and the
-    mean and variance of what enters the layers that norms lists."""
+def _shard(net, data, task, scale, norms, N, coords):
+    """What the images of coords add to the sums of a batch of N, as one vector: their share of the
+    loss and the gradient; the mean and variance of what enters the layers that norms lists."""
+    share = len(coords) / N
     x, target = _example(data, coords, task, scale, net[0].params[0].dtype)
     loss, loss_backward = _LOSSES[task]
     y, inputs = forward(net, x)
     _, grads = backward(net, loss_backward(share, y, target)[0], inputs, need_dx=False)
-    flat = [g.ravel() for layer in grads for g in layer if g is not None]
-    statistics = [(a.mean(axis=(0, *range(2, a.ndim))), a.var(axis=(0, *range(2, a.ndim))))
-                  for a in (inputs[i] for i in norms)]
-    return loss(y, target) * share, _xp(y).concatenate(flat), statistics
+    parts = [_xp(y).asarray(loss(y, target) * share)]
+    parts += [g for layer in grads for g in layer if g is not None]
+    for a in (inputs[i] for i in norms):
+        axes = (0, *range(2, a.ndim))
+        parts += [a.mean(axis=axes), a.var(axis=axes)]
+    return _xp(y).concatenate([p.ravel() for p in parts])
 
 
-def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_rate=0.005,
-          decay="linear", l2=0.0, beta1=0.9, beta2=0.99, eps=1e-8, scale="unit", rng=None,
-          callback=None):
+def _total(all_reduce, a):
+    """The sum of a over the processes, from the caller's function, which may be wrong."""
+    total = all_reduce(a)
+    if type(total) is not type(a) or (total.shape, total.dtype) != (a.shape, a.dtype):
+        raise TypeError("train: all_reduce must return the sum over the processes, an array of "
+                        f"the kind, dtype and shape that it gets, {a.dtype} {a.shape}, got "
+                        + (f"{total.dtype} {total.shape}" if type(total) is type(a)
+                           else _kind(total)))
+    return total
+
+
+def _sum_of_shards(work, shards, vector, all_reduce, rank, ranks):
+    """sum(work(shard) for shard in shards), in this order, the work divided among processes.
+
+    Each shard has a row of its own, a vector of a length and dtype, to which all processes but
+    one add zeros: their sum is exact."""
+    xp, (length, dtype) = _xp(shards[0]), vector
+    parts = _spread(xp, work, shards[rank::ranks])
+    if all_reduce is not None:
+        rows = xp.zeros((len(shards), length), dtype)
+        for i, part in enumerate(parts):
+            rows[rank + i * ranks] = part
+        rows = _total(all_reduce, rows.ravel()).reshape(rows.shape)
+        parts = [rows[i] for i in range(len(shards))]
+    return sum(parts)
+
+
+def _join(all_reduce, xp, dtype, digest):
+    """The number of this process and how many there are, found by nothing but sums.
+
+    Every process marks a slot drawn at random, and the sum shows all marks to all; where two
+    drew the same slot, all draw again. This chance decides who computes what and changes no
+    result. Then each shows its digest, and all must be the same."""
+    for _ in range(20):
+        slot = int.from_bytes(os.urandom(4), "little") % 2 ** 20
+        marks = xp.zeros(2 ** 20, dtype)
+        marks[slot] = 1
+        marks = to_numpy(_total(all_reduce, marks))
+        if marks.max() == marks[slot] == 1:
+            break
+    else:
+        raise ValueError("train: all_reduce must return the sum over the processes, got "
+                         f"{marks[slot]} where this process gave 1")
+    rank, ranks = np.count_nonzero(marks[:slot]), np.count_nonzero(marks)
+    letters = list(digest.encode())
+    shown = np.zeros((ranks, len(letters)), dtype)
+    shown[rank] = letters
+    shown = to_numpy(_total(all_reduce, xp.asarray(shown.ravel()))).reshape(shown.shape)
+    if not (shown == letters).all():
+        raise ValueError(f"train: {ranks} processes must train the same network on the same data "
+                         "with the same arguments, seed and checkpoint; these differ")
+    return rank, ranks
+
+
+def _text(value):
+    """A value as JSON, in an array whose dtype does not depend on the digits of its numbers."""
+    import json
+
+    text = json.JSONEncoder(default=np.ndarray.tolist).encode(value).encode()
+    return np.array(text, f"S{-(-len(text) // 4096) * 4096}")
+
+
+def _digest(*values):
+    """SHA-256 of the bits of arrays and of the text of everything else."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for value in values:
+        bits = to_numpy(value).tobytes() if hasattr(value, "shape") else repr(value).encode()
+        digest.update(b"%d:" % len(bits) + bits)
+    return digest.hexdigest()
+
+
+def _resumed(path, net, state, rng):
+    """The network and the state in a checkpoint, and its generator's state in rng; or those that
+    are given, where there is no such file yet."""
+    import json
+
+    folder, name = os.path.split(os.path.realpath(_path("train", path, "checkpoint")))
+    for part in os.listdir(folder):     # what a run that was killed while it wrote has left
+        if part.startswith(name + ".") and part.endswith(".part"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, part))
+    if not os.path.exists(path):
+        return net, state
+    _, found = load(path, net, {key: state[key] for key in ("arguments", "step")})
+    now = json.loads(state["arguments"].item())
+    try:
+        was = dict(json.loads(found["arguments"].item()))
+        if was != now:
+            raise ValueError(", ".join(f"{key} {was.get(key)!r}, here {now.get(key)!r}" for key in
+                                       {**was, **now} if was.get(key) != now.get(key)))
+        if not 0 < found["step"] <= now["steps"]:
+            raise ValueError(f"{found['step']} of {now['steps']} steps are done")
+        loss = _xp(state["loss"]).zeros(int(found["step"]), state["loss"].dtype)
+        net, state = load(path, net, {**state, "loss": loss})
+        generator = json.loads(state["rng"].item())
+        # numpy takes any position in a buffer, and would read there
+        if (not 0 <= generator.get("buffer_pos", 0) <= 4
+                or not 0 <= generator["state"].get("pos", 0) <= 624):
+            raise ValueError("its generator's state is impossible")
+        rng.bit_generator.state = generator
+    except Exception as error:
+        raise ValueError(f"train: checkpoint {path} is not of this training: "
+                         f"{str(error) or repr(error)}") from error
+    return net, state
+
+
+def _finite(step, losses, *arrays):
+    """Raise if one of the last losses, up to this step, or of the arrays is not finite."""
+    xp, first = _xp(losses), step - len(losses)
+    bad = np.flatnonzero(~np.isfinite(to_numpy(losses)))
+    if len(bad):
+        raise FloatingPointError(f"train: the loss of step {first + bad[0] + 1} is "
+                                 f"{losses[bad[0]]}; a smaller learning_rate may help")
+    if not all(xp.isfinite(a).all() for a in arrays):
+        raise FloatingPointError(f"train: the weights after step {step}, or their moments, are "
+                                 "not finite; a smaller learning_rate may help")
+
+
+def train(net: Net, data: Dataset, *, task: str, steps: int | None = None,
+          epochs: int | None = None, batch_size: int = 16, learning_rate: float = 0.005,
+          decay: str = "linear", l2: float = 0.0, beta1: float = 0.9, beta2: float = 0.99,
+          eps: float = 1e-8, scale: str = "unit", rng: Seed = None,
+          callback: Callable[[int, list[Layer], Array], Any] | None = None,
+          checkpoint: Path | None = None, checkpoint_every: int = 100,
+          all_reduce: Callable[[Array], Array] | None = None
+          ) -> tuple[list[Layer], dict[str, np.ndarray[Any, Any]]]:
     """Train a network on one of the paper's tasks with Adam.
 
     "classification": coordinate to pixel; softmax cross-entropy over the pixels
@@ -2181,6 +2406,10 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
 
     The loss that is reported and differentiated has l2 * sum(w^2) added to it, over all weights
     with more than one axis (biases and norms are left out).
+
+    On one kind of machine the result is a function of the arguments and the seed, to the last bit:
+    the number of processes does not change it, nor an interruption after which a checkpoint goes
+    on, nor, where NumPy has OpenBLAS, the number of cores.
 
     Parameters
     ----------
@@ -2203,6 +2432,21 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
     callback : function of (step, net, loss), or None
         Called after each step with the number of steps done, the network so far and the loss of
         its last batch. A true answer ends the training.
+    checkpoint : str, path or None
+        A file that holds all of the training: save(checkpoint, net, state) writes it, whole or not
+        at all, every checkpoint_every steps and at the end, also if callback brings that about.
+        Where the file exists the training goes on from it, so that after an interruption the same
+        call does the rest; a finished training is given back as it was. The file belongs to one
+        training. One with other arguments, data, seed or start is refused, except that without a
+        seed, rng=None, the start is not compared. The generator's state is set from the file.
+        load(checkpoint, net) reads the network alone.
+    checkpoint_every : int
+    all_reduce : function of an array, or None
+        Takes one flat array and returns its sum over all processes that run this same call. They
+        share the work: shards of a batch go through the network apart and are added in their
+        order, whoever computed them. A network with batch_norm is one shard and gains nothing.
+        Every process gets the result and writes the checkpoint; callback must give all the same
+        answer. The array holds one gradient for each shard of 4 images; for a GPU it lies there.
 
     Returns
     -------
@@ -2212,59 +2456,111 @@ def train(net, data, *, task, steps=None, epochs=None, batch_size=16, learning_r
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong kind or out of range, or both steps and epochs are given.
+        If an argument is of the wrong kind or out of range, both steps and epochs are given, the
+        checkpoint is damaged or of another training, processes differ in their arguments, or
+        all_reduce is given without rng.
+    FloatingPointError
+        If the loss or the weights are no longer finite; the checkpoint stays the last good one.
+        On a GPU, where to look means to wait, this is found at the checkpoints and at the end.
+    OSError
+        If the checkpoint cannot be read or written; the old one is untouched.
     """
     fn = "train"
     xp, dtype = _train_arguments(fn, net, data, task, scale)
     batch_size = _integer(fn, "batch_size", batch_size, 1)
     _one_of(fn, "decay", decay, ("linear", "constant", "step"))
     rate, l2 = _real(fn, "learning_rate", learning_rate, 0), _real(fn, "l2", l2, 0)
-    rng = _generator(fn, rng)
+    every = _integer(fn, "checkpoint_every", checkpoint_every, 1)
+    seed, rng = rng, _generator(fn, rng)
     if steps is not None and epochs is not None:
         raise ValueError(f"{fn}: give steps or epochs, not both, got steps={steps!r}, "
                          f"epochs={epochs!r}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"{fn}: callback must be a function or None, got {callback!r}")
+    for name, function in (("callback", callback), ("all_reduce", all_reduce)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{fn}: {name} must be a function or None, got {function!r}")
+    if all_reduce is not None and seed is None:
+        raise ValueError(f"{fn}: all_reduce needs rng, the same seed in every process, got None")
     per_epoch = -(-len(data.train) // batch_size)
     if steps is None:
         steps = per_epoch * _integer(fn, "epochs", 1 if epochs is None else epochs, 1)
     steps = _integer(fn, "steps", steps, 1)
+    adam = {"beta1": _real(fn, "beta1", beta1, 0, math.nextafter(1, 0)),
+            "beta2": _real(fn, "beta2", beta2, 0, math.nextafter(1, 0)),
+            "eps": _real(fn, "eps", eps, 0)}
 
-    points, flat = xp.asarray(data.coords), _flatten(net)
+    flat = _flatten(net)
+    state = {"step": np.zeros((), np.int64), "m": xp.zeros_like(flat), "v": xp.zeros_like(flat),
+             "loss": xp.zeros(0, dtype)}
+    if checkpoint is not None or all_reduce is not None:
+        start = [a for op, params, options in net
+                 for a in (op.__name__, *params, *itertools.chain(*options.items()))]
+        state["rng"] = _text(rng.bit_generator.state)
+        state["arguments"] = _text({
+            "task": task, "steps": steps, "batch_size": batch_size, "learning_rate": rate,
+            "decay": decay, "l2": l2, **adam, "scale": scale,
+            "rng": "a Generator" if isinstance(seed, np.random.Generator) else
+                   seed if seed is None else int(seed),
+            "data": _digest(data.coords, data.train, data.canvas, data.square),
+            "start": None if seed is None else _digest(*start)})
+    if checkpoint is not None:
+        net, state = _resumed(checkpoint, net, state, rng)
+    group = None, 0, 1
+    if all_reduce is not None:
+        group = all_reduce, *_join(all_reduce, xp, dtype, _digest(_flatten(net), *state.values()))
+
+    trained, flat, m, v = list(net), _flatten(net), state["m"], state["v"]
+    losses, recent = state["loss"], []
+    done, shuffle = int(state["step"]), rng.bit_generator.state
+    if done:                            # draw the order of the epoch at work again
+        order = xp.asarray(rng.permutation(data.train))
+    points = xp.asarray(data.coords)
     weights = xp.concatenate([xp.full(p.size, p.ndim > 1, dtype) for layer in net
                               for p in layer.params if p is not None])
-    m, v = xp.zeros_like(flat), xp.zeros_like(flat)
     norms = [i for i, layer in enumerate(net) if _keeps_statistics(layer)]
-    statistics = [(net[i].options["mean"], net[i].options["var"]) for i in norms]
+    statistics = [net[i].options[key] for i in norms for key in ("mean", "var")]
+    ends = [*itertools.accumulate([1, flat.size, *(a.size for a in statistics)])]
     mixes_images = any(layer.op is batch_norm for layer in net)
-    losses, rates = [], []
-    for step in range(steps):
+    for step in range(done, steps):
         at = step % per_epoch * batch_size
         if at == 0:
+            shuffle = rng.bit_generator.state
             order = xp.asarray(rng.permutation(data.train))
         batch = points[order[at:at + batch_size]]
         size = len(batch) if mixes_images else _SHARD
-        live = _unflatten(_frozen(net, [(None, None)] * len(statistics)), flat)
+        live = _unflatten(_frozen(net, [None] * len(statistics)), flat)
         shards = [batch[i:i + size] for i in range(0, len(batch), size)]
-        parts = _spread(xp, lambda shard: _shard_gradient(
-            live, data, shard, task, scale, len(shard) / len(batch), norms), shards)
-        loss, dw = sum(p[0] for p in parts), sum(p[1] for p in parts)
+        total = _sum_of_shards(
+            functools.partial(_shard, live, data, task, scale, norms, len(batch)), shards,
+            (ends[-1], dtype), *group)
+        loss, dw = total[0].copy(), total[1:ends[1]]
         if l2:
             loss, dw = loss + l2 * (weights * flat * flat).sum(), dw + 2 * l2 * weights * flat
-        statistics = [tuple(0.9 * a + 0.1 * b for a, b in zip(*pair))
-                      for pair in zip(statistics, parts[0][2])]
-        rates.append(_decayed(decay, rate, step, steps, step // per_epoch))
-        flat, m, v = adam_step(flat, dw, m, v, step + 1, learning_rate=rates[-1], beta1=beta1,
-                               beta2=beta2, eps=eps)
-        losses.append(loss)
+        statistics = [0.9 * a + 0.1 * total[i:j] for a, i, j in
+                      zip(statistics, ends[1:], ends[2:])]
+        flat, m, v = adam_step(flat, dw, m, v, step + 1, **adam, learning_rate=_decayed(
+            decay, rate, step, steps, step // per_epoch))
+        done = step + 1
+        recent.append(loss)
         trained = _unflatten(_frozen(net, statistics), flat)
-        if callback is not None and callback(step + 1, trained, loss):
+        stop = callback is not None and callback(done, trained, loss)
+        due = stop or done == steps or checkpoint is not None and done % every == 0
+        if due:
+            losses = xp.concatenate([losses, xp.stack(recent)])
+            _finite(done, losses[-len(recent):], flat, m, v)
+            recent = []
+        elif xp is np:                  # elsewhere to look is to wait
+            _finite(done, loss[None])
+        if due and checkpoint is not None:
+            save(checkpoint, trained, {**state, "rng": _text(shuffle), "step": np.int64(done),
+                                       "m": m, "v": v, "loss": losses})
+        if stop:
             break
-    return trained, {"loss": to_numpy(xp.stack([xp.asarray(a) for a in losses])),
-                     "learning_rate": np.array(rates)}
+    return list(trained), {"loss": to_numpy(losses), "learning_rate": np.array(
+        [_decayed(decay, rate, step, steps, step // per_epoch) for step in range(done)])}
 
 
-def evaluate(net, data, *, task, part="test", scale="unit"):
+def evaluate(net: Net, data: Dataset, *, task: str, part: str = "test", scale: str = "unit"
+             ) -> float:
     """Score a network on a part of the data set.
 
     "classification": the fraction of images whose largest output is the right pixel
@@ -2306,59 +2602,129 @@ def evaluate(net, data, *, task, part="test", scale="unit"):
     return float(xp.concatenate(_spread(xp, score, range(0, len(points), _SHARD))).mean())
 
 
-_FORMAT = "CoordConv network 1"
+_FORMAT = "CoordConv network 2"
 
 
 def _entries(net):
     """The arrays of a network by name: parameters by position, statistics by keyword."""
     for i, (op, params, options) in enumerate(net):
         for key, a in [*enumerate(params), *options.items()]:
-            if hasattr(a, "dtype"):
+            if hasattr(a, "dtype") and not np.isscalar(a):
                 yield f"{i}.{op.__name__}.{key}", a
 
 
-def _path(fn, path):
+def _contents(fn, net, state):
+    """All arrays of a file by name: its format, the network's and those of a state."""
+    found = {"format": np.array(_FORMAT), **dict(_entries(_layers(fn, net)))}
+    if not isinstance(state, (dict, type(None))):
+        raise TypeError(f"{fn}: state must be a dict of arrays or None, got {_kind(state)}")
+    for key, a in (state or {}).items():
+        found[f"state.{key}"] = (a if hasattr(a, "dtype") and not np.isscalar(a)
+                                 else np.asarray(a))
+    for name, a in found.items():
+        if a.dtype.kind not in "biufcSU":
+            raise TypeError(f"{fn}: {name} must be an array of numbers or text, got {a.dtype}")
+    return found
+
+
+def _path(fn, path, name="path"):
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{fn}: path must be a string or a path, got {path!r}")
+        raise TypeError(f"{fn}: {name} must be a string or a path, got {path!r}")
     return os.fspath(path)
 
 
-def save(path, net):
-    """Write the arrays of a network to an npz file, whole or not at all.
+def save(path: Path, net: Net, state: Mapping[str, Array] | None = None) -> None:
+    """Write the arrays of a network, and of a state if there is one, to an npz file.
 
-    The file is written beside its target and moved there once it is on the disk, so that an
-    interrupted save leaves the old file as it was.
+    It is written whole or not at all: beside its target, and moved there once it is on the disk,
+    so that an interrupted save leaves the old file as it was. (A process that is killed meanwhile
+    leaves a file that ends in ".part".) numpy.load reads it too. Its last 64 bytes, to the zip
+    format a comment, are the SHA-256 of all before them, by which load tells damage.
 
     Parameters
     ----------
     path : str or path
     net : list of Layer
+    state : dict of arrays, numbers or strings, or None
+        What else is to be kept, such as the moments of an optimiser.
 
     Raises
     ------
     TypeError
-        If net is not such a list.
+        If net is not such a list, or state not such a dict.
     OSError
         If the file cannot be written; the old one is untouched.
     """
-    import tempfile         # imports that few callers need stand where they are used
+    # imports that few callers need stand where they are used
+    import hashlib
 
-    arrays = {name: to_numpy(a) for name, a in _entries(_layers("save", net))}
-    path = _path("save", path)
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, part = tempfile.mkstemp(suffix=".part", dir=folder)
+    arrays: dict[str, Any] = {name: to_numpy(a)
+                              for name, a in _contents("save", net, state).items()}
+    path, content = os.path.realpath(_path("save", path)), io.BytesIO()
+    np.savez(content, **arrays)
+    whole = content.getvalue()[:-2] + b"\x40\x00"         # the length of the comment, 64
+    part = f"{path}.{os.urandom(4).hex()}.part"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"save: {path} must be a file, or the name of a new one")
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, format=np.array(_FORMAT), **arrays)
+        with open(part, "xb") as file:
+            file.write(whole)
+            file.write(hashlib.sha256(whole).hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"save: {path} could not be written and is as it was "
+                          f"before: {error.strerror}") from error
         raise
 
 
-def load(path, net):
+def _read(file, expected):
+    """The expected arrays out of a file; an exception of whatever kind if that is not possible.
+
+    Names, shapes and dtypes are compared first, before memory is spent on something else."""
+    import hashlib
+    import zipfile
+
+    with zipfile.ZipFile(file) as archive:
+        names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+        names = [n for n in names if n in expected or not n.startswith("state.")]
+        lacks, extra = set(expected).difference(names), set(names).difference(expected)
+        if lacks or extra or len(names) > len(expected):
+            raise ValueError("it " + (" and ".join(
+                f"{verb} {', '.join(sorted(some)[:3])[:200]}" for verb, some in
+                (("lacks", lacks), ("has", extra)) if some) or "has a name twice"))
+        for name, a in expected.items():
+            info = archive.getinfo(name + ".npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed")
+            with archive.open(info) as member:
+                np.lib.format.read_magic(member)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+                if (shape, dtype) != (a.shape, a.dtype):
+                    raise ValueError(f"{name} is {dtype} {shape}, expected {a.dtype} {a.shape}")
+                if info.file_size - member.tell() != a.nbytes:
+                    raise ValueError(f"{name} has {info.file_size - member.tell()} bytes, "
+                                     f"expected {a.nbytes}")
+
+        def read(name):
+            with archive.open(name + ".npy") as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
+        if read("format") != _FORMAT:
+            raise ValueError(f"its format is {str(read('format'))!r}, expected {_FORMAT!r}")
+        end, digest = file.seek(-64, os.SEEK_END), hashlib.sha256()
+        file.seek(0)
+        while piece := file.read(min(2 ** 20, end - file.tell())):
+            digest.update(piece)
+        if file.read() != digest.hexdigest().encode():
+            raise ValueError("its checksum is wrong, so it is damaged or was not written by save")
+        return {name: read(name) for name in expected}
+
+
+def load(path: Path, net: Net, state: Mapping[str, Array] | None = None) -> Any:
     """Read back what save wrote, into a network of the same layers.
 
     Parameters
@@ -2366,54 +2732,36 @@ def load(path, net):
     path : str or path
     net : list of Layer
         Gives the layers, and which arrays of which shape, dtype and module to expect.
+    state : dict of arrays, numbers or strings, or None
+        The same for the state; what the file has beyond it is left alone.
 
     Returns
     -------
-    list of Layer, new, with the arrays of the file
+    net : list of Layer, new, with the arrays of the file
+    state : dict of arrays, only if state was given
 
     Raises
     ------
     TypeError
-        If net is not such a list.
+        If net is not such a list, or state not such a dict.
     ValueError
-        If the file is damaged or foreign, or holds another network.
+        If the file is damaged in any byte or foreign, or holds another network or state. Names,
+        shapes and dtypes are compared before memory is spent on them.
     OSError
-        If the file cannot be read.
+        If the file cannot be opened.
     """
-    import zipfile
-    import zlib
-
-    expected, path = dict(_entries(_layers("load", net))), _path("load", path)
+    expected, path = _contents("load", net, state), _path("load", path)
     with open(path, "rb") as file:
         try:
-            with zipfile.ZipFile(file) as archive:
-                sizes = {info.filename.removesuffix(".npy"): info.file_size
-                         for info in archive.infolist()}
-            if set(sizes) != {"format", *expected}:
-                raise ValueError("it holds " + (", ".join(sorted(sizes)) or "nothing"))
-            for name, a in expected.items():
-                if sizes[name] > a.nbytes + 4096:               # before memory is spent on it
-                    raise ValueError(f"{name} has {sizes[name]} bytes, expected {a.nbytes}")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as found:
-                found = {name: found[name] for name in sizes}
-            if str(found["format"]) != _FORMAT:
-                raise ValueError(f"its format is {str(found['format'])[:40]!r}")
-            for name, a in expected.items():
-                if (found[name].shape, found[name].dtype) != (a.shape, a.dtype):
-                    raise ValueError(f"{name} is {found[name].dtype} {found[name].shape}, "
-                                     f"expected {a.dtype} {a.shape}")
-        except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError,
-                zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"load: {path} is not a file of this network: {error}") from error
-    layers = []
-    for i, (op, params, options) in enumerate(net):
-        def read(key, a):
-            name = f"{i}.{op.__name__}.{key}"
-            return _xp(a).asarray(found[name]) if name in found else a
-        layers.append(Layer(op, [read(j, p) for j, p in enumerate(params)],
-                            {key: read(key, a) for key, a in options.items()}))
-    return layers
+            found = _read(file, expected)
+        except Exception as error:      # damage may show anywhere, as an error of any kind
+            raise ValueError(f"load: {path} is not a file of this network: "
+                             f"{str(error) or repr(error)}") from error
+    found = {name: _xp(a).asarray(found[name]) for name, a in expected.items()}
+    net = [Layer(op, [found.get(f"{i}.{op.__name__}.{j}", p) for j, p in enumerate(params)],
+                 {key: found.get(f"{i}.{op.__name__}.{key}", a) for key, a in options.items()})
+           for i, (op, params, options) in enumerate(net)]
+    return net if state is None else (net, {key: found[f"state.{key}"] for key in state})
 
 
 # 8 THE ANALYTIC ANSWER ---------------------------------------------------------------------------
@@ -2442,7 +2790,8 @@ def _analytic(fn, size, dtype, xp):
     return size, np.eye(K), weights, vector
 
 
-def decoder_network(size, *, dtype=np.float32, xp=np):
+def decoder_network(size: Size, *, dtype: DTypeLike = np.float32, xp: ModuleType = np
+                    ) -> list[Layer]:
     """The critic's network from a one-hot image to its coordinate, for images of any size.
 
     coord[n, a] = size[a] - sum_i relu(size[a] * x[n, 0, i] - i_a), i_a the coordinate of pixel i
@@ -2473,7 +2822,8 @@ def decoder_network(size, *, dtype=np.float32, xp=np):
             Layer(affine, [vector([-1] * len(size)), vector(size)])]
 
 
-def encoder_network(size, *, dtype=np.float32, xp=np):
+def encoder_network(size: Size, *, dtype: DTypeLike = np.float32, xp: ModuleType = np
+                    ) -> list[Layer]:
     """The inverse of decoder_network: from a coordinate to its one-hot image.
 
     y[n, 0, i] = relu(1 - sum_a (relu(i_a - x[n, a]) + relu(x[n, a] - i_a)))
@@ -2502,7 +2852,8 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
             Layer(relu), Layer(conv, [weights([[-1] * (2 * K)]), vector([1])]), Layer(relu)]
 
 
-def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
+def renderer_network(size: Size, square: int = 9, *, dtype: DTypeLike = np.float32,
+                     xp: ModuleType = np) -> list[Layer]:
     """From a coordinate to the square around it: the encoder and a convolution with ones.
 
     Parameters
@@ -2528,7 +2879,7 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
     return net + [Layer(conv, [ones], {"padding": square // 2})]
 
 
-def decode(image):
+def decode(image: Array) -> Array:
     """The coordinate of the hot pixel of each one-hot image: decoder_network in closed form.
 
     On a one-hot image the decoder's formula leaves W - (W - x) = x, the position of the 1.
@@ -2578,7 +2929,7 @@ def decode(image):
     return xp.stack(xp.unravel_index(hot, tuple(size)), axis=1).astype(image.dtype)
 
 
-def encode(coords, size, *, dtype=None):
+def encode(coords: Array, size: Size, *, dtype: DTypeLike | None = None) -> Array:
     """One-hot images of positions: encoder_network in closed form, the inverse of decode.
 
     Parameters
