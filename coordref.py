@@ -819,7 +819,7 @@ def _product(w, columns, y):
 
 def _correlate(x, w, geo, base=None, last=False, result=None):
     """y = w @ columns + base, where base (F, *out) or (F, 1, ...) holds bias and coordinates."""
-    xp, F, G, K = _xp(x), len(w), geo.groups, math.prod(w.shape[1:])
+    xp, F, G = _xp(x), len(w), geo.groups
     if result is None:
         result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
     base = None if base is None else xp.broadcast_to(base, (F, *geo.out))
