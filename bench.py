@@ -18,14 +18,22 @@ verdicts; speed; figures; the command.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import functools
+import glob
+import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -39,18 +47,17 @@ import coordref as cr
 
 # MEASURING ---------------------------------------------------------------------------------------
 
-OURS = {"painter": 60, "tail": 200, "regressor": 120}           # steps of our own recipes
+OURS = {"painter": 80, "tail": 200, "regressor": 120}           # steps of our recipes
 MODES = {       # thin: every how manieth test position; patience: see Experiment; others: lengths
-    "quick": {"seeds": [0], "thin": 4, "patience": 0.2, "he": {"steps": 6}, "resnet": 3,
-              "render": {"steps": 2}, "regress": {"steps": 2}, "points": 2, "repeats": 3,
-              "images": 512, **OURS},
-    "default": {"seeds": [0, 1, 2], "thin": 1, "patience": 10, "he": {"steps": 60}, "resnet": 60,
-                "render": {"steps": 10}, "regress": {"steps": 30}, "points": 4, "repeats": 5,
-                "images": 4096, **OURS},
-    "full": {"seeds": list(range(10)), "thin": 1, "patience": None, "he": {"epochs": 50},
-             "resnet": 1000, "render": {"epochs": 50},
-             "regress": {"epochs": 100, "batch_size": 256}, "points": 50, "repeats": 9,
-             "images": 2 ** 14, **OURS},
+    "quick": {"seeds": [0], "patience": 0.2, "he": {"steps": 6}, "render": {"steps": 2},
+              "regress": {"steps": 2}, "resnet": 3, "images": 512, "points": 2, "repeats": 3,
+              "thin": {"classification": 6, "rendering": 12, "regression": 6}, **OURS},
+    "default": {"seeds": [0, 1, 2], "patience": 10, "he": {"steps": 30}, "render": {"steps": 8},
+                "regress": {"steps": 30}, "resnet": 50, "images": 2048, "points": 4, "repeats": 5,
+                "thin": {"rendering": 4}, **OURS},
+    "full": {"seeds": list(range(10)), "patience": None, "he": {"epochs": 50},
+             "render": {"epochs": 50}, "regress": {"epochs": 100, "batch_size": 256},
+             "resnet": 1000, "images": 2 ** 14, "points": 50, "repeats": 9, "thin": {}, **OURS},
 }
 
 
@@ -113,59 +120,38 @@ def first_time(record, test):
 
 
 class Lab:
-    """Makes the runs of experiments and keeps a record of each by name and seed."""
+    """One run: a training under the clock, its curve and its progress, and what is found."""
 
-    def __init__(self, settings, xp=np, records=(), keep=lambda: None):
-        self.settings, self.xp, self.keep = settings, xp, keep
-        self.records = {(r["experiment"], r["seed"]): r for r in records}
-        self.record, self.limit, self.row, self.title = {}, None, "", ""
-        self.costs = {}         # estimated seconds of the runs to come, by name and seed
-
-    def seeds(self, name):
-        seeds = self.settings["seeds"] if EXPERIMENTS[name].seeded else [None]
-        return seeds[:1] if EXPERIMENTS[name].rival and self.settings["patience"] else seeds
-
-    def collect(self, name):
-        """The records of an experiment; what was not run before is run now."""
-        for seed in self.seeds(name):
-            if (name, seed) not in self.records:
-                rival, limit = EXPERIMENTS[name].rival, None
-                if rival and self.settings["patience"]:
-                    limit = self.settings["patience"] * float(np.median(
-                        [first_time(r, reached(rival)) for r in self.collect(rival)]))
-                self.limit, self.title = limit, f"{self.row}: {name}, seed {seed}"
-                self.record = {"experiment": name, "seed": seed, "seconds": [0.0], "curve": [],
-                               "steps": 0}
-                self.show(0)
-                found = EXPERIMENTS[name].run(self, seed)
-                self.records[name, seed] = {**self.record, **found}
-                self.costs.pop((name, seed), None)
-                self.keep()
-        return [self.records[name, seed] for seed in self.seeds(name)]
-
-    def show(self, done, text=""):
-        """The bar: share of the run, what it is, where it stands, time left for all of them."""
-        now = self.costs.get((self.record["experiment"], self.record["seed"]), 0)
-        left = sum(self.costs.values()) - now * done
-        say(f"[{'#' * round(20 * done):.<20}] {self.title}{text}"
-            + (f"  {duration(left)} left" if self.costs else ""))
+    def __init__(self, name, seed, settings, limit=None, checkpoint=None, xp=np,
+                 tell=lambda *progress: None):
+        self.settings, self.xp, self.limit, self.tell = settings, xp, limit, tell
+        self.checkpoint = checkpoint
+        self.record = {"experiment": name, "seed": seed, "seconds": [0.0], "curve": [],
+                       "steps": 0}
 
     def data(self, split):
-        data = cr.not_so_clevr(split)
-        return data._replace(test=data.test[::self.settings["thin"]])
+        data, task = cr.not_so_clevr(split), self.record["experiment"].split("/")[0]
+        return data._replace(test=data.test[::self.settings["thin"].get(task, 1)])
 
-    def watch(self, steps, per_epoch, score=None):
+    def few(self, data):
+        """A part of the test set, on which the points of a curve are scored."""
+        return data._replace(test=data.test[::16 if self.settings["patience"] else 1])
+
+    def watch(self, steps, per_epoch, score=None, keep=lambda: None):
         """A callback that times a training without its tests, keeps its curve as [seconds, steps,
-        score], shows its progress, and ends it at the time limit where there is one."""
-        record, limit = self.record, self.limit
-        before, steps_before = record["seconds"][0], record["steps"]
+        score], tells its progress, and ends it at the time limit where there is one."""
+        record, limit, first = self.record, self.limit, True
+        before, steps_before, curve = record["seconds"][0], record["steps"], record["curve"]
         start, paused = time.perf_counter(), 0.0
 
         def callback(step, net, loss):
-            nonlocal paused
+            nonlocal before, first, paused
+            if first and step > 1:          # a training that goes on from its checkpoint
+                curve[:] = [point for point in curve if point[1] < step]
+                before = curve[-1][0] if curve else 0.0
+            first = False
             spent = time.perf_counter() - start - paused
             done = spent / limit if limit else step / steps
-            curve = record["curve"]
             if score and done >= (len(curve) + 1) / self.settings["points"]:
                 synchronise(self.xp)
                 spent = time.perf_counter() - start - paused
@@ -173,49 +159,57 @@ class Lab:
                 curve.append([before + spent, steps_before + step, value])
                 paused += pause
             record["seconds"], record["steps"] = [before + spent], steps_before + step
-            self.show(min(done, 1), f"  epoch {step / per_epoch:.1f}"
-                      + (f"  {curve[-1][2]:.3f}" if curve else ""))
+            if curve and curve[-1][1] == steps_before + step:
+                keep()
+            self.tell(min(done, 1), f"epoch {step / per_epoch:.1f}"
+                      + (f", {curve[-1][2]:.3f}" if curve else ""))
             return limit is not None and spent >= limit
         return callback
 
-    def few(self, data):
-        """A part of the test set, on which the points of a curve are scored."""
-        return data._replace(test=data.test[::8 if self.settings["patience"] else 1])
-
     def train(self, net, data, task, score="test", **options):
-        """cr.train under watch; score may be another function of the network, or None."""
+        """cr.train under watch; score may be another function of the network, or None. A training
+        of an hour goes on from its last checkpoint."""
         if score == "test":
             def score(net):
                 return cr.evaluate(net, self.few(data), task=task)
         per_epoch = -(-len(data.train) // options.get("batch_size", 16))
         steps = options.get("steps") or options["epochs"] * per_epoch
         watch = self.watch(steps, per_epoch, score)
+        if self.checkpoint and steps >= 500:
+            curve = f"{self.checkpoint}.json"
+            if os.path.exists(curve):
+                with open(curve) as file:
+                    self.record["curve"] = json.load(file)
+            watch = self.watch(steps, per_epoch, score,
+                               lambda: write_json(curve, self.record["curve"]))
+            options.update(checkpoint=self.checkpoint, checkpoint_every=-(-steps // 100))
         return cr.train(net, data, task=task, callback=watch, **options)[0]
 
     def scored(self, score):
         return score()
 
     def finish(self, net, data, task):
-        """What a record says of a trained network."""
-        score = self.scored(lambda: cr.evaluate(net, data, task=task))
-        found = {"weights": parameters(net), "score": score}
-        if task == "rendering" or self.record["seed"] != self.settings["seeds"][0]:
-            return found
-        return {**found, "predicted": predictions(net, data, task, self.xp).round(2).tolist()}
+        """What a record says of a trained network; of the first seed also the positions."""
+        found = {"weights": parameters(net), "tested": len(data.test),
+                 "score": self.scored(lambda: cr.evaluate(net, data, task=task))}
+        if task != "rendering" and self.record["seed"] == self.settings["seeds"][0] and not (
+                self.record["experiment"].startswith("classification/") and "he" in
+                self.record["experiment"].split("/")):
+            found["predicted"] = predictions(net, data, task, self.xp).round(2).tolist()
+        return found
 
 
 class Rehearsal(Lab):
     """Makes three steps of each training to estimate what all of them take."""
 
-    def watch(self, steps, per_epoch, score=None):
-        start, limit = [], self.limit
+    def watch(self, steps, per_epoch, score=None, keep=None):
+        times = []
 
         def callback(step, net, loss):
             synchronise(self.xp)
-            start.append(time.perf_counter())
+            times.append(time.perf_counter())
             if step == min(3, steps):
-                per_step = (start[-1] - start[0]) / max(step - 1, 1)
-                self.record["seconds"][0] += limit or per_step * steps
+                self.record["seconds"][0] += (times[-1] - times[0]) / max(step - 1, 1) * steps
             return step == 3
         return callback
 
@@ -223,18 +217,162 @@ class Rehearsal(Lab):
         return 0.0
 
     def finish(self, net, data, task):
-        return {"score": 0.0}
+        return {}
 
 
-def estimate(lab, names):
-    """Fill in the lab's costs for the runs that these experiments have yet to make."""
-    rehearsal = Rehearsal({**lab.settings, "seeds": lab.settings["seeds"][:1]}, lab.xp)
-    for name in names:
-        missing = [seed for seed in lab.seeds(name) if (name, seed) not in lab.records]
-        if missing and EXPERIMENTS[name].seeded:
-            say(f"estimating {name}")
-            cost = rehearsal.collect(name)[0]["seconds"][0]
-            lab.costs.update({(name, seed): cost for seed in missing})
+def make_run(name, seed, settings, limit=None, checkpoint=None, xp=np, kind=Lab):
+    """The record of one run of an experiment."""
+    lab = kind(name, seed, settings, limit, checkpoint, xp, functools.partial(tell, name, seed))
+    found = EXPERIMENTS[name].run(lab, seed)
+    return {**lab.record, **found}
+
+
+WORKER = {}         # what a process that makes runs for another shares with it
+
+
+def start_worker(queue, stop, parent):
+    """Ctrl-C is for the process that gave the work, which tells this one by stop. Where that is
+    gone, killed perhaps, nobody waits for this one any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    WORKER.update(queue=queue, next=0.0)
+
+    def end():
+        while os.getppid() == parent and not stop.is_set():
+            time.sleep(0.1)
+        os._exit(1)
+    threading.Thread(target=end, daemon=True).start()
+
+
+def tell(name, seed, done, text):
+    """Pass on how far a run is, now and then."""
+    if not WORKER:
+        say(f"{name}, seed {seed}: {100 * done:.0f} %, {text}")
+    elif time.perf_counter() > WORKER["next"]:
+        WORKER["queue"].put((name, seed, done, text))
+        WORKER["next"] = time.perf_counter() + 0.2
+
+
+@contextlib.contextmanager
+def one_core():
+    """OMP_NUM_THREADS=1 for what runs or is started meanwhile."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+class Runs:
+    """The records of all runs by name and seed, and how to make those that are missing: one run
+    on each core at a time, as most of these networks are too small for more cores to pay."""
+
+    def __init__(self, settings, xp=np, records=(), path=None):
+        self.settings, self.xp, self.path = settings, xp, path
+        self.records = {(r["experiment"], r["seed"]): r for r in records}
+        self.workers = min(8, cores()) if xp is np else 1
+        self.costs, self.progress = {}, {}      # estimated seconds of a run; share done and text
+
+    def seeds(self, name):
+        seeds = self.settings["seeds"] if EXPERIMENTS[name].seeded else [None]
+        return seeds[:1] if EXPERIMENTS[name].rival and self.settings["patience"] else seeds
+
+    def jobs(self, names):
+        return [(name, seed) for name in names for seed in self.seeds(name)]
+
+    def have(self, names):
+        return all(job in self.records for job in self.jobs(names))
+
+    def of(self, name):
+        return [self.records[job] for job in self.jobs([name])]
+
+    def arguments(self, name, seed):
+        """What make_run wants for a job, or None while its rival's time is not known."""
+        rival, limit, checkpoint = EXPERIMENTS[name].rival, None, None
+        if rival and self.settings["patience"]:
+            if not self.have([rival]):
+                return None
+            limit = self.settings["patience"] * float(np.median(
+                [first_time(r, reached(rival)) for r in self.of(rival)]))
+        if not self.settings["patience"]:
+            checkpoint = f"{self.path}.{re.sub(r'[^a-z0-9]+', '-', name)}-{seed}.npz"
+        return name, seed, self.settings, limit, checkpoint
+
+    def estimate(self, names):
+        """Seconds until what is missing will have been made."""
+        with one_core() if self.workers > 1 else contextlib.nullcontext():
+            for name, seed in self.jobs(names):
+                rival = EXPERIMENTS[name].rival if self.settings["patience"] else None
+                for key in (rival, name):
+                    if key and key not in self.costs and (name, seed) not in self.records:
+                        say(f"estimating {key}")
+                        self.costs[key] = 0.0 if not EXPERIMENTS[key].seeded else (
+                            self.settings["patience"] * self.costs[rival] if key != rival and rival
+                            else make_run(key, seed, self.settings, xp=self.xp,
+                                          kind=Rehearsal)["seconds"][0])
+        return self.left(self.jobs(names))
+
+    def left(self, jobs):
+        return sum(self.costs.get(job[0], 0) * (1 - self.progress.get(job, (0,))[0])
+                   for job in jobs if job not in self.records) / self.workers
+
+    def show(self, jobs, rows):
+        """The bar: how much is done, where the runs at work stand, and the time left."""
+        made = sum(job in self.records for job in jobs)
+        say(f"[{'#' * (20 * made // len(jobs)):.<20}] " + "; ".join(
+            f"{rows[name]} seed {seed} {text}" for (name, seed), (_, text) in
+            self.progress.items()) + (f"  {duration(self.left(jobs))} left" if self.costs else ""))
+
+    def add(self, job, record):
+        self.records[job] = record
+        self.progress.pop(job, None)
+        for file in glob.glob(glob.escape(f"{self.arguments(*job)[-1]}") + "*"):
+            os.unlink(file)
+
+    def make(self, names, rows):
+        """Make the missing runs of these experiments, and yield whenever one is there."""
+        jobs = self.jobs(names)
+        waiting = [job for job in jobs if job not in self.records]
+        alone = [job for job in waiting if self.workers == 1 or job[0].startswith("speed")]
+        waiting = [job for job in waiting if job not in alone]
+        if waiting:
+            context = multiprocessing.get_context("spawn")
+            queue, stop, active = context.SimpleQueue(), context.Event(), {}
+            with one_core():
+                pool = concurrent.futures.ProcessPoolExecutor(
+                    self.workers, context, start_worker, (queue, stop, os.getpid()))
+                try:
+                    while waiting or active:
+                        ready = [job for job in waiting if self.arguments(*job)]
+                        for job in ready[:self.workers - len(active)]:
+                            waiting.remove(job)
+                            self.progress[job] = 0.0, ""
+                            active[pool.submit(make_run, *self.arguments(*job))] = job
+                        done, _ = concurrent.futures.wait(
+                            active, 0.2, concurrent.futures.FIRST_COMPLETED)
+                        for future in done:
+                            self.add(active.pop(future), future.result())
+                        while not queue.empty():
+                            name, seed, share, text = queue.get()
+                            if (name, seed) in self.progress:
+                                self.progress[name, seed] = share, text
+                        self.show(jobs, rows)
+                        if done:
+                            yield
+                except BaseException:
+                    stop.set()
+                    raise
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        for job in alone:
+            self.add(job, make_run(*self.arguments(*job), self.xp))
+            yield
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def duration(seconds):
@@ -347,7 +485,7 @@ DECONVS = {     # the deconvolution networks of the paper's sweep that stand for
 def painted(split, start, lab, seed):
     """Coordinate classification by CoordConv, from our start or with the paper's settings."""
     net, data = cr.coordconv_painter(start=start, rng=seed, xp=lab.xp), lab.data(split)
-    options = ({"steps": lab.settings["painter"], "batch_size": 8,
+    options = ({"steps": lab.settings["painter"], "batch_size": 6,
                 "learning_rate": 0.01} if start == "relative" else
                {**lab.settings["he"], "learning_rate": 0.005, "l2": 1e-3})
     net = lab.train(net, data, "classification", rng=seed, **options)
@@ -376,7 +514,7 @@ def rendered(split, start, lab, seed):
         return lab.finish(net, data, "rendering")
     tail = [layer.op for layer in net].index(cr.softmax) + 1
     painter = lab.train(net[:tail - 1], data, "classification", score=None,
-                        steps=lab.settings["painter"], batch_size=8, learning_rate=0.01, rng=seed)
+                        steps=lab.settings["painter"], batch_size=6, learning_rate=0.01, rng=seed)
     joined = [*painter, net[tail - 1]]
     pixel = cr.Layer(hot_pixel, [lab.xp.ones(1, np.float32)])
     squares = lab.train([pixel, *net[tail:]], cr.not_so_clevr(split, canvas=20), "rendering",
@@ -396,26 +534,24 @@ def hot_pixel_backward(dy, x, peak):
     return dy, 0 * peak                 # nothing of it is to be trained
 
 
-def like(w, values):
-    return cr.array_module(w).asarray(np.asarray(values, w.dtype))
+def salient(net, size, height=3, slope=0.1):
+    """A start for the regressor that is ours: a hot pixel stands out, by height, and the rest of
+    the image is nearly flat, its range slope * height or less; the maximum starts at 1/2.
 
-
-def salient(net, size, height=3):
-    """A start for the regressor that is ours: the first layer's weights for the coordinates are
-    30 times smaller, and each last filter is scaled, its sign included, and its bias set so that
-    a hot pixel stands height above the background and the maximum starts at 1/2. One image shows
-    it, as the network is linear up to the maximum. Less momentum (beta1 0.5) keeps Adam from
-    overshooting."""
+    The network is linear up to its maximum, so two images show what it does. The first layer's
+    weights for the coordinates become smaller, and the last filters and biases are scaled, sign
+    included."""
+    asarray = functools.partial(cr.array_module(net[0].params[0]).asarray, dtype=np.float32)
+    hot = asarray(cr.encode(np.array([[size // 2, size // 2]]), (size, size)))
+    blank = cr.to_numpy(cr.forward(net[:-1], 0 * hot)[0]).reshape(2, -1)
+    peaks = cr.to_numpy(cr.forward(net[:-1], hot)[0]).reshape(2, -1) - blank
+    peaks = peaks[[0, 1], abs(peaks).argmax(axis=1)]
+    flatter = slope * min(abs(peaks) / np.ptp(blank, axis=1))
     w, b = net[0].params
-    small = like(w, [1, 1 / 30, 1 / 30])
-    net = [net[0]._replace(params=[w * small[:, None, None], b]), *net[1:]]
-    hot = like(w, np.eye(1, size * size, size * (size + 1) // 2)).reshape(1, 1, size, size)
-    blank = cr.forward(net[:-1], 0 * hot)[0]
-    seen = cr.to_numpy(cr.forward(net[:-1], hot)[0] - blank).reshape(2, -1)
-    scale = like(w, height / seen[[0, 1], abs(seen).argmax(axis=1)])
+    first = [w * asarray([1, flatter, flatter])[:, None, None], b]
     w, b = net[-2].params
-    last = [w * scale[:, None, None, None], 0.5 - height - scale * blank.mean(axis=(0, 2, 3))]
-    return [*net[:-2], net[-2]._replace(params=last), net[-1]]
+    last = [w * asarray(height / peaks)[:, None, None, None], b + 0.5 - height]
+    return [net[0]._replace(params=first), *net[1:-2], net[-2]._replace(params=last), net[-1]]
 
 
 def regressed(split, start, lab, seed):
@@ -590,7 +726,7 @@ def classified(labels, coords, lab, seed):
         net = layers
         if watch(step, net, None):
             break
-    return {"weights": parameters(net),
+    return {"weights": parameters(net), "tested": len(images) - train,
             "score": lab.scored(lambda: score(net, len(images) - train))}
 
 
@@ -654,7 +790,7 @@ def scores(records, form="{:.1f} %", scale=100):
 def length(records):
     """What the runs took, the same for all of them but for the time."""
     return (f"{records[0]['steps']} steps, {np.median([r['seconds'][0] for r in records]):.1f} s, "
-            f"{records[0]['weights']} weights")
+            f"{records[0]['weights']} weights, {records[0]['tested']} tests")
 
 
 def success(records, reached):
@@ -738,10 +874,15 @@ def judge_faster(settings, he, ours, *groups):
     return measured, "holds" if ratios[0] >= 150 else "faster, not by 150 at this length"
 
 
+@functools.cache
+def deconv_weights():
+    return [parameters(cr.deconv_painter(kernel=k, width=w, rng=0))
+            for k in (2, 3, 4) for w in (1, 2, 3)]
+
+
 def judge_parameters(settings, records):
     ours = records[0]["weights"]
-    ratios = [parameters(cr.deconv_painter(kernel=k, width=w, rng=0)) / ours
-              for k in (2, 3, 4) for w in (1, 2, 3)]
+    ratios = [weights / ours for weights in deconv_weights()]
     measured = (f"{ours} weights, in the paper's nine deconvolutions {min(ratios):.0f} to "
                 f"{max(ratios):.0f} times as many")
     return measured, ("holds" if 10 <= min(ratios) and max(ratios) <= 100 else
@@ -933,7 +1074,7 @@ def by_definition(dy, x, w, stride=1, padding=0, dilation=1, groups=1):
     dy, x, w = (a.astype(np.float64) for a in (dy, x, w))
     N, G, out, rank = len(x), groups, dy.shape[2:], x.ndim - 2
     x = np.pad(x, ((0, 0),) * 2 + ((padding, padding),) * rank)
-    dx, dw, y = np.zeros_like(x), np.zeroslike(w), np.zeros((N, G, len(w) // G, math.prod(out)))
+    dx, dw, y = np.zeros_like(x), np.zeros_like(w), np.zeros((N, G, len(w) // G, math.prod(out)))
     dy = dy.reshape(y.shape)
     for tap in np.ndindex(*w.shape[2:]):
         seen = (slice(None),) * 2 + tuple(slice(k * dilation, k * dilation + (n - 1) * stride + 1,
@@ -1106,7 +1247,7 @@ def ops(repeats, xp):
 def convolution_speed(lab, seed):
     """Some of the shapes that ops measures."""
     peak, lines = matmul_peak(lab.xp), []
-    for shape in SHAPES[:1] if lab.settings["thin"] > 1 else SHAPES[:1] + SHAPES[3:6:2]:
+    for shape in SHAPES[:1] if lab.settings["resnet"] < 10 else SHAPES[:1] + SHAPES[3:6:2]:
         lines += measure(shape, lab.settings["repeats"], lab.xp)
     ratios = [line["over_torch"] for line in lines if "over_torch" in line]
     return {"peak_gflops": peak, "lines": lines, "seconds": [s for a in lines
@@ -1115,31 +1256,51 @@ def convolution_speed(lab, seed):
 
 
 def step_speed(lab, seed):
-    """Training steps of the painter, and the same in torch as its users write it."""
-    net, data, xp, steps = (cr.coordconv_painter(rng=0, xp=lab.xp), lab.data("uniform"), lab.xp,
-                            2)
-    programs = [lambda: cr.train(net, data, task="classification", steps=steps, rng=0)]
-    if torch := peers():
-        device, layers = "cpu" if xp is np else "cuda", []
-        for C, F in ((4, 32), (32, 32), (32, 64), (64, 64), (64, 1)):
-            layers += [torch.nn.Conv2d(C, F, 1), torch.nn.ReLU()]
-        peer = torch.nn.Sequential(*layers[:-1]).to(device)
-        adam = torch.optim.Adam(peer.parameters(), lr=0.005, betas=(0.9, 0.99))
-        grid = torch.tensor(cr.coord_channels((64, 64)), device=device).expand(16, 2, 64, 64)
-        coords = torch.tensor(np.random.default_rng(0).uniform(-1, 1, (16, 2, 1, 1)).astype(
-            np.float32), device=device)
-        labels = torch.arange(16, device=device)
+    """Training steps of the painter, and the same in torch in a process of its own, as its users
+    run it: coordref tells the allocator to keep memory, which makes torch faster too."""
+    net, data, steps = cr.coordconv_painter(rng=0, xp=lab.xp), lab.data("uniform"), 4
 
-        def run():
-            for _ in range(steps):
-                adam.zero_grad()
-                logits = peer(torch.cat([coords.expand(16, 2, 64, 64), grid], dim=1))
-                torch.nn.functional.cross_entropy(logits.flatten(1), labels).backward()
-                adam.step()
-        programs.append(run)
-    spent = interleaved(programs, lab.settings["repeats"], xp) / steps
-    return {"seconds": spent[:, 0].tolist(),
-            **({"score": float(np.median(spent[:, 0] / spent[:, 1]))} if torch else {})}
+    def ours():
+        cr.train(net, data, task="classification", steps=steps, rng=0)
+    ours()
+    if not peers():
+        return {"seconds": [timed(ours, lab.xp)[1] / steps
+                            for _ in range(lab.settings["repeats"])]}
+    device = "cpu" if lab.xp is np else "cuda"
+    with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")) as process:
+        process.submit(torch_seconds, steps, device).result()
+        pairs = [(timed(ours, lab.xp)[1] / steps,
+                  process.submit(torch_seconds, steps, device).result() / steps)
+                 for _ in range(lab.settings["repeats"])]
+    return {"seconds": [a for a, _ in pairs], "score": float(np.median([a / b for a, b in pairs]))}
+
+
+def torch_seconds(steps, device):
+    """How long torch takes for training steps of the painter with 16 images."""
+    network, adam, coords, grid, labels = torch_painter(device)
+
+    def run():
+        for _ in range(steps):
+            adam.zero_grad()
+            image = torch.cat([coords.expand(16, 2, 64, 64), grid], dim=1)
+            torch.nn.functional.cross_entropy(network(image).flatten(1), labels).backward()
+            adam.step()
+        return network[0].bias.tolist()         # waits for the device
+    torch = peers()
+    return timed(run)[1]
+
+
+@functools.cache
+def torch_painter(device):
+    torch, layers = peers(), []
+    for C, F in itertools.pairwise((4, 32, 32, 64, 64, 1)):
+        layers += [torch.nn.Conv2d(C, F, 1), torch.nn.ReLU()]
+    network = torch.nn.Sequential(*layers[:-1]).to(device)
+    grid = torch.tensor(cr.coord_channels((64, 64)), device=device).expand(16, 2, 64, 64)
+    return (network, torch.optim.Adam(network.parameters(), lr=0.005, betas=(0.9, 0.99)),
+            torch.rand(16, 2, 1, 1, device=device) * 2 - 1, grid,
+            torch.arange(16, device=device))
 
 
 def decode_speed(lab, seed):
@@ -1288,24 +1449,33 @@ def processor():
 
 
 def environment(mode, seeds, xp):
-    torch = peers()
+    try:
+        torch = importlib.metadata.version("torch")     # its import takes seconds
+    except importlib.metadata.PackageNotFoundError:
+        torch = None
     return {"date": time.strftime("%Y-%m-%d"), "processor": processor(), "cores": os.cpu_count(),
             "python": platform.python_version(), "numpy": np.__version__,
-            "scipy": scipy.__version__, "torch": torch.__version__ if torch else None,
+            "scipy": scipy.__version__, "torch": torch,
             "coordref": cr.__version__, "device": "cpu" if xp is np else "gpu", "mode": mode,
             "seeds": seeds}
 
 
-def document(where, table, lab, others=()):
+def judged(row, runs):
+    """What was measured and the verdict, or None for both while a run is missing."""
+    if not runs.have(row.needs):
+        return None, None
+    return row.judge(runs.settings, *map(runs.of, row.needs))
+
+
+def document(where, table, runs, others=()):
     """What the file holds: finished rows whole, others with the runs that they have so far."""
     found = []
     for row in table:
-        runs = [r for (name, _), r in lab.records.items() if name in row.needs]
-        done = all((name, seed) in lab.records for name in row.needs for seed in lab.seeds(name))
-        measured, verdict = (row.judge(lab.settings, *map(lab.collect, row.needs)) if done
-                             else (None, None))
+        measured, verdict = judged(row, runs)
         found.append({"id": row.id, "claim": row.claim, "source": row.source,
-                      "measured": measured, "verdict": verdict, "runs": runs})
+                      "measured": measured, "verdict": verdict,
+                      "runs": [runs.records[job] for job in runs.jobs(row.needs)
+                               if job in runs.records]})
     return {"schema": SCHEMA, "environment": where, "rows": [*found, *others]}
 
 
@@ -1407,46 +1577,51 @@ def main(arguments=None):
             others = [row for row in found["rows"] if row["id"] not in {r.id for r in table}]
             records = [r for row in found["rows"] for r in row["runs"]]
 
-    lab = Lab(settings, xp, records)
-    if path:
-        lab.keep = lambda: write_json(path, document(where, table, lab, others))
-    start, failed, told = time.perf_counter(), 0, 0
+    runs = Runs(settings, xp, records, path)
+    names = list(dict.fromkeys(name for row in table for name in row.needs))
+    rows_of = {name: row.id for row in reversed(table) for name in row.needs}
+
+    def keep():
+        if path:
+            write_json(path, document(where, table, runs, others))
+    start, told, failed = time.perf_counter(), 0, 0
     try:
         if config.full or sys.stderr.isatty():
-            estimate(lab, dict.fromkeys(name for row in table for name in row.needs))
+            left = runs.estimate(names)
             say()
         if config.full:
-            print(f"estimated time: {duration(sum(lab.costs.values()))}; stop it at any moment "
-                  f"and start it again, {path} keeps the runs", flush=True)
+            print(f"estimated time: {duration(left)}; stop it at any moment and start it again, "
+                  f"{path} keeps the runs", flush=True)
         if config.quick:
             print("shortened trainings: of the verdicts, only those of checks count")
+        if runs.workers > 1:
+            print(f"{runs.workers} runs at a time, each training on one core")
         print("\n| claim | source | measured here | verdict |\n| --- | --- | --- | --- |",
               flush=True)
-        for row in table:
-            lab.row = row.id
-            measured, verdict = row.judge(settings, *map(lab.collect, row.needs))
-            say()
-            failed += row.check and verdict != "holds"
-            told += 1
-            print(f"| {row.claim} | {row.source} | {measured} | {verdict} |", flush=True)
+        for _ in itertools.chain([None], runs.make(names, rows_of)):
+            keep()
+            while told < len(table) and runs.have(table[told].needs):
+                row = table[told]
+                measured, verdict = judged(row, runs)
+                failed += row.check and verdict != "holds"
+                told += 1
+                say()
+                print(f"| {row.claim} | {row.source} | {measured} | {verdict} |", flush=True)
     except KeyboardInterrupt:
+        keep()
         say()
-        if path:
-            lab.keep()
         print(f"\ninterrupted after {told} of {len(table)} rows"
               + (f"; {path} keeps the runs" if path else ""), flush=True)
         return 130
-    if path:
-        lab.keep()
-    for r in of_kind(lab.records, "speed", "convolution"):
+    for r in of_kind(runs.records, "speed", "convolution"):
         print("\nmedians of alternating runs; time over torch, over SciPy\n" + HEADER)
         print("\n".join(line(a, r["peak_gflops"]) for a in r["lines"]))
     if old:
-        changes = list(compare(old, document(where, table, lab)))
+        changes = list(compare(old, document(where, table, runs)))
         print("\n" + "\n".join(changes or ["nothing changed beyond noise since "
                                            + config.compare]))
     if config.figures:
-        draw(config.figures, lab.records)
+        draw(config.figures, runs.records)
     print(f"\n{time.perf_counter() - start:.0f} s in all; "
           + (f"{failed} checks of coordref failed" if failed else "all checks of coordref passed"))
     return 1 if failed else 0

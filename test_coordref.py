@@ -22,6 +22,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -38,6 +39,7 @@ import numpy as np
 import pytest
 import scipy.signal
 
+import bench
 import coordref
 from coordref import Layer, affine, conv
 
@@ -2375,3 +2377,255 @@ def test_the_example_with_mpi_of_the_readme(ranks, tmp_path):
     net, _ = coordref.train(start, coordref.not_so_clevr(), task="classification", steps=3,
                             learning_rate=0.01, rng=0)
     assert same(coordref.load(tmp_path / "painter.npz", start), net)
+
+
+# THE BENCH ---------------------------------------------------------------------------------------
+
+def test_resnet_50_has_the_published_parameters():
+    assert bench.parameters(bench.resnet(50, 64)) == 25_557_032
+    assert bench.parameters(bench.resnet(50, 64, coords=True)) == (
+        25_557_032 + 8 * 6 + 8 + 64 * 5 * 49)         # six channels into eight, eight into 64
+
+
+@pytest.mark.parametrize("stride, shortcut", [(1, False), (1, True), (2, True)])
+def test_the_gradient_of_a_block_is_its_slope(stride, shortcut):
+    rng = np.random.default_rng(0)
+    C, inner, F = (5, 3, 7) if shortcut else (5, 3, 5)
+    shapes = [(inner, C, 1, 1), (inner,), (inner,), (inner, inner, 3, 3), (inner,), (inner,),
+              (F, inner, 1, 1), (F,), (F,), *[(F, C, 1, 1), (F,), (F,)] * shortcut]
+    arrays = [rng.standard_normal(shape) for shape in [(4, C, 6, 8), *shapes]]
+    along = [rng.standard_normal(a.shape) for a in arrays]
+    y = bench.bottleneck(*arrays, stride=stride)
+    dy = rng.standard_normal(y.shape)
+    found = bench.bottleneck_backward(dy, *arrays, stride=stride)
+    assert [g.shape for g in found] == [a.shape for a in arrays]
+    h = 1e-6
+    ahead, behind = (bench.bottleneck(*(a + s * u for a, u in zip(arrays, along)), stride=stride)
+                     for s in (h, -h))
+    slope = (dy * (ahead - behind)).sum() / (2 * h)
+    assert slope == pytest.approx(sum((g * u).sum() for g, u in zip(found, along)), rel=1e-5)
+
+
+def torch_resnet(torch, params, x, depth, coords):
+    """The published network in torch, with the dense layer behind the mean."""
+    f, it = torch.nn.functional, iter(params)
+
+    def norm(x):
+        return f.batch_norm(x, None, None, next(it), next(it), training=True)
+
+    if coords:
+        H, W = x.shape[2:]
+        row, col = torch.meshgrid(torch.linspace(-1, 1, H, dtype=x.dtype),
+                                  torch.linspace(-1, 1, W, dtype=x.dtype), indexing="ij")
+        grid = torch.stack([row, col, (row ** 2 + col ** 2).sqrt()])
+        x = torch.cat([x, grid.expand(len(x), 3, H, W)], dim=1)
+        x = f.conv2d(x, next(it), next(it))
+    x = f.max_pool2d(norm(f.conv2d(x, next(it), stride=2, padding=3)).relu(), 3, 2, 1)
+    for stage, blocks in enumerate({14: (1, 1, 1, 1), 26: (2, 2, 2, 2)}[depth]):
+        for block in range(blocks):
+            stride = 2 if stage and block == 0 else 1
+            y = norm(f.conv2d(x, next(it))).relu()
+            y = norm(f.conv2d(y, next(it), stride=stride, padding=1)).relu()
+            y = norm(f.conv2d(y, next(it)))
+            if block == 0:
+                x = norm(f.conv2d(x, next(it), stride=stride))
+            x = (x + y).relu()
+    w, b = it
+    return x.mean(dim=(2, 3)) @ w[:, :, 0, 0].T + b
+
+
+@pytest.mark.parametrize("depth, coords", [(14, False), (26, True)])
+def test_resnet_and_its_gradients_agree_with_torch(depth, coords):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    net = bench.resnet(depth, 4, classes=6, coords=coords, rng=1, dtype=np.float64)
+    x, dy = rng.standard_normal((3, 3, 40, 48)), rng.standard_normal((3, 6))
+    params = [rng.standard_normal(p.shape) if p.ndim == 1 else p for layer in net
+              for p in layer.params]                # scales and shifts that are not 1 and 0
+    flat = iter(params)
+    net = [layer._replace(params=[next(flat) for _ in layer.params]) for layer in net]
+    y, inputs = coordref.forward(net, x)
+    dx, grads = coordref.backward(net, dy, inputs)
+    tensors = [torch.tensor(a, requires_grad=True) for a in (x, *params)]
+    wanted = torch_resnet(torch, tensors[1:], tensors[0], depth, coords)
+    wanted.backward(torch.tensor(dy))
+    close(y, wanted.detach().numpy(), 1e6)
+    found = [dx, *(g for layer in grads for g in layer if g is not None)]
+    assert len(found) == len(tensors)
+    for g, tensor in zip(found, tensors):
+        close(g, tensor.grad.numpy(), 1e6)
+
+
+def test_settled_norms_keep_the_statistics_of_their_images():
+    net = bench.resnet(14, 4, classes=3, rng=0, dtype=np.float64)
+    x = normal(0, 6, 3, 40, 36)
+    settled = bench.settled(net, x)
+    close(coordref.forward(settled, x)[0], coordref.forward(net, x)[0], 1e4)
+    one = coordref.forward(settled, x[:1])[0]       # does not depend on what else is in the batch
+    close(one, coordref.forward(settled, x)[0][:1], 1e4)
+
+
+def test_shapes_lie_inside_and_in_their_quadrant():
+    images, kind, quadrant = bench.shapes(64, np.random.default_rng(0), canvas=40)
+    assert images.shape == (64, 3, 40, 40) and set(kind) == set(quadrant) == {0, 1, 2, 3}
+    drawn = images.mean(axis=1) > 0.3
+    for image, q in zip(drawn, quadrant):
+        middle = [(i.min() + i.max()) / 2 for i in np.nonzero(image)]
+        assert 2 * (middle[0] > 19.5) + (middle[1] > 19.5) == q
+
+
+def short_bench(tmp_path, *arguments, start=subprocess.run, **options):
+    """bench.py as a process of its own, with trainings of two or three steps."""
+    code = ("import sys, bench\n"
+            "for mode in bench.MODES.values():\n"
+            "    mode.update(seeds=[0, 1], he={'steps': 2}, render={'steps': 2},\n"
+            "                regress={'steps': 2}, resnet=3, points=2, repeats=2, images=512,\n"
+            "                thin={'classification': 16, 'rendering': 16, 'regression': 16},\n"
+            "                painter=2, tail=2, regressor=2)\n"
+            "sys.exit(bench.main(sys.argv[1:]))\n")
+    return start([sys.executable, "-c", code, *arguments], cwd=tmp_path, text=True,
+                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 env={**os.environ, "PYTHONPATH": str(HERE)}, **options)
+
+
+def figures_of(path):
+    """Every figure of a file that does not depend on the clock."""
+    document = json.loads(path.read_text())
+    assert sorted(document) == ["environment", "rows", "schema"]
+    return [(row["id"], row["verdict"], run["experiment"], run["seed"], run["score"],
+             [point[1:] for point in run["curve"]], run.get("predicted"))
+            for row in document["rows"] for run in row["runs"]]
+
+
+def test_a_killed_bench_goes_on_and_ends_with_the_same_figures(tmp_path):
+    wanted, found = tmp_path / "whole.json", tmp_path / "killed.json"
+    arguments = ["--full", "--only", "own-test|resnet|regress-u", "--json"]
+    assert short_bench(tmp_path, *arguments, str(wanted)).returncode == 0
+    kills, done = 0, False
+    while not done:
+        process = short_bench(tmp_path, *arguments, str(found), start=subprocess.Popen)
+        try:
+            process.communicate(timeout=1.5 * 1.4 ** kills)
+            done = True
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            if found.exists():
+                json.loads(found.read_text())           # whole at any moment
+    assert kills > 0 and process.returncode == 0
+    assert figures_of(found) == figures_of(wanted)
+    runs = [run["experiment"] for row in json.loads(found.read_text())["rows"]
+            for run in row["runs"]]
+    assert runs.count("resnet/shape/coords") == 2
+    again = short_bench(tmp_path, *arguments, str(found))       # nothing is run a second time
+    assert again.returncode == 0 and "estimated time: 0 s" in again.stdout
+    assert short_bench(tmp_path, "--full", "--seeds", "3", "--json", str(found)).returncode == 2
+
+
+def test_a_long_training_of_the_bench_goes_on_from_its_checkpoint(tmp_path):
+    data, path = coordref.not_so_clevr(canvas=12, square=3), str(tmp_path / "run.npz")
+
+    def train(checkpoint, tell=lambda done, text: None):
+        lab = bench.Lab("regression/uniform/he", 0, {**bench.MODES["full"], "points": 6},
+                        checkpoint=checkpoint, tell=tell)
+        net = lab.train(coordref.coordconv_regressor(rng=0), data, "regression", steps=600,
+                        batch_size=2, rng=0)
+        return ([point[1:] for point in lab.record["curve"]], lab.record["steps"],
+                coordref.evaluate(net, data, task="regression"))
+
+    def stop(done, text):
+        if done > 0.56:
+            raise KeyboardInterrupt
+    wanted, shares = train(None), []
+    with pytest.raises(KeyboardInterrupt):
+        train(path, stop)
+    assert train(path, lambda done, text: shares.append(done)) == wanted
+    assert shares[0] > 0.5              # it did not begin again
+    assert [steps for steps, _ in wanted[0]] == [100, 200, 300, 400, 500, 600]
+
+
+def test_an_interrupted_bench_leaves_its_table_and_file(tmp_path):
+    path = tmp_path / "part.json"
+    process = short_bench(tmp_path, "--only", "robust|resnet|relative", "--json", str(path),
+                          start=subprocess.Popen)
+    while process.poll() is None and not (
+            path.exists() and json.loads(path.read_text())["rows"][0]["verdict"]):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted after" in out and not err
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 5 and rows[0]["verdict"] and not rows[-1]["verdict"]
+
+
+def test_every_row_of_the_bench_is_judged_on_record(tmp_path):
+    path = tmp_path / "rows.json"
+    drawn = importlib.util.find_spec("matplotlib") and ["--figures", str(tmp_path / "drawn")]
+    done = short_bench(tmp_path, "--quick", "--only", "^(?!speed)", "--json", str(path),
+                       *(drawn or []))
+    rows = json.loads(path.read_text())["rows"]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) == len(rows) >= 14, done.stderr
+    for row, line in zip(rows, lines):
+        assert line == f"| {row['claim']} | {row['source']} | {row['measured']} | " \
+                       f"{row['verdict']} |"
+        assert row["runs"] and all({"experiment", "seed", "seconds", "curve", "score"} <= set(r)
+                                   for r in row["runs"])
+    for name in ("time", "positions", "predictions", "speed") if drawn else ():
+        assert (tmp_path / "drawn" / f"{name}.png").stat().st_size > 10_000
+    same = short_bench(tmp_path, "--quick", "--only", "decoder|feature", "--compare", str(path))
+    assert same.returncode == 0 and "nothing changed beyond noise" in same.stdout
+
+
+def test_what_changed_beyond_noise():
+    def document(verdict, *scores):
+        return {"rows": [{"id": "a", "verdict": verdict, "runs": [
+            {"experiment": "x", "seed": i, "score": s, "seconds": [1.0]}
+            for i, s in enumerate(scores)]}]}
+    old = document("holds", 0.9, 1.0)
+    assert list(bench.compare(old, document("holds", 0.8, 0.95))) == []
+    assert list(bench.compare(old, document("holds", 0.8, 0.85))) == [
+        "a: score of x was 0.95, is 0.825"]
+    assert list(bench.compare(old, document("holds", 0.1))) == []       # one run shows no spread
+    assert "verdict" in next(bench.compare(old, document("fails", 0.9, 1.0)))
+
+
+def test_the_judges_of_the_bench():
+    def records(*values, name="classification/uniform/x"):
+        return [{"experiment": name, "seed": i, "score": s, "seconds": [9.0], "steps": 4,
+                 "curve": [[1.0, 1, s / 2], [3.0, 2, s]], "weights": 7, "tested": 5}
+                for i, s in enumerate(values)]
+    timed = {"patience": 10}
+    assert bench.judge_relative({}, records(1.0, 1.0), records(0.5, 1.0))[1] == "holds"
+    assert bench.judge_relative({}, records(1.0, 0.999), records(0.5, 1.0))[1] == "fails"
+    assert "1 of 2" in bench.judge_relative({}, records(1.0, 1.0), records(0.5, 1.0))[0]
+    for score, wanted in ((0.864, "not contradicted"), (0.87, "contradicted")):
+        assert bench.judge_limit(0.86, "{:.1f}", 100, timed, [], records(score))[1] == wanted
+    assert bench.judge_limit(0.86, "{:.1f}", 100, {"patience": None}, [], records(0.1),
+                             records(0.9))[1] == "contradicted"
+    gain = bench.judge_resnet({}, records(0.5, 0.6, 0.55), records(0.61, 0.7, 0.66))
+    assert gain[1] == "a gain" and "+10.7 points" in gain[0]
+    assert bench.judge_resnet({}, records(0.5, 0.6), records(0.6, 0.5))[1] == "no gain shown"
+    assert bench.judge_resnet({}, records(0.5), records(0.6))[1] == "no interval"
+    _, text = bench.judge_recipes("{:.2f}", lambda s: s < 0.5, "r", {}, records(0.1, 0.2),
+                                  records(0.1, 3.0))
+    assert text == "holds with our recipe, not for every seed with the paper's"
+    slow, fast = records(0.1), records(1.0, 1.0)
+    slow[0]["curve"] = [[300.0, 1, 0.1]]
+    assert bench.judge_faster({}, fast, fast, slow)[1] == "holds"
+
+
+def test_what_the_bench_refuses(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("{}")
+    for arguments, said in ((["--only", "nothing like it"], "matches none"),
+                            (["--only", "("], "unterminated"), (["--seeds", "0"], "--seeds"),
+                            (["--compare", str(tmp_path / "other.json")], "no schema"),
+                            (["--compare", str(tmp_path / "none.json")], "No such file")):
+        with pytest.raises(SystemExit) as stop:
+            bench.main(arguments)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    if coordref.best_module() is np:
+        with pytest.raises(SystemExit):
+            bench.main(["--device", "gpu"])
+        assert "no device that answers" in capsys.readouterr().err
