@@ -2499,7 +2499,7 @@ def figures_of(path):
 
 def test_a_killed_bench_goes_on_and_ends_with_the_same_figures(tmp_path):
     wanted, found = tmp_path / "whole.json", tmp_path / "killed.json"
-    arguments = ["--full", "--only", "own-test|resnet|regress-u", "--json"]
+    arguments = ["--full", "--only", "own-test|resnet-s|regress-u", "--json"]
     assert short_bench(tmp_path, *arguments, str(wanted)).returncode == 0
     kills, done = 0, False
     while not done:
