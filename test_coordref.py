@@ -2481,7 +2481,7 @@ def short_bench(tmp_path, *arguments, start=subprocess.run, **options):
             "    mode.update(seeds=[0, 1], he={'steps': 2}, render={'steps': 2},\n"
             "                regress={'steps': 2}, resnet=3, points=2, repeats=2, images=512,\n"
             "                thin={'classification': 16, 'rendering': 16, 'regression': 16},\n"
-            "                painter=2, tail=2, regressor=2)\n"
+            "                painter=2, centre=2, tail=2, regressor=2)\n"
             "sys.exit(bench.main(sys.argv[1:]))\n")
     return start([sys.executable, "-c", code, *arguments], cwd=tmp_path, text=True,
                  stdout=subprocess.PIPE, stderr=subprocess.PIPE,
