@@ -53,9 +53,9 @@ MODES = {       # thin: every how manieth test position; patience: see Experimen
               "regress": {"steps": 2}, "resnet": 3, "images": 512, "points": 2, "repeats": 2,
               "thin": {"classification": 6, "rendering": 12, "regression": 6},
               **OURS, "centre": 20, "torch": False},
-    "default": {"seeds": [0, 1, 2], "patience": 10, "he": {"steps": 30}, "render": {"steps": 4},
-                "regress": {"steps": 30}, "resnet": 40, "images": 2048, "points": 4, "repeats": 3,
-                "thin": {"rendering": 6}, **OURS, "torch": True},
+    "default": {"seeds": [0, 1, 2], "patience": 10, "he": {"steps": 24}, "render": {"steps": 4},
+                "regress": {"steps": 20}, "resnet": 32, "images": 2048, "points": 4, "repeats": 3,
+                "thin": {"rendering": 6, "he": 3}, **OURS, "torch": True},
     "full": {"seeds": list(range(10)), "patience": None, "he": {"epochs": 50},
              "render": {"epochs": 50}, "regress": {"epochs": 100, "batch_size": 256},
              "resnet": 1000, "images": 2 ** 14, "points": 50, "repeats": 9, "thin": {}, **OURS,
@@ -132,8 +132,9 @@ class Lab:
                        "steps": 0}
 
     def data(self, split):
-        data, task = cr.not_so_clevr(split), self.record["experiment"].split("/")[0]
-        return data._replace(test=data.test[::self.settings["thin"].get(task, 1)])
+        data, kinds = cr.not_so_clevr(split), self.record["experiment"].split("/")
+        return data._replace(test=data.test[::max(self.settings["thin"].get(kind, 1)
+                                                  for kind in kinds)])
 
     def few(self, data):
         """A part of the test set, on which the points of a curve are scored."""
@@ -1264,7 +1265,7 @@ def convolution_speed(lab, seed):
 def step_speed(lab, seed):
     """Training steps of the painter, and the same in torch in a process of its own, as its users
     run it: coordref tells the allocator to keep memory, which makes torch faster too."""
-    net, data, steps = cr.coordconv_painter(rng=0, xp=lab.xp), lab.data("uniform"), 8
+    net, data, steps = cr.coordconv_painter(rng=0, xp=lab.xp), lab.data("uniform"), 5
 
     def ours():
         cr.train(net, data, task="classification", steps=steps, rng=0)
