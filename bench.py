@@ -1274,8 +1274,9 @@ def step_speed(lab, seed):
         return {"seconds": [timed(ours, lab.xp)[1] / steps
                             for _ in range(lab.settings["repeats"])]}
     device = "cpu" if lab.xp is np else "cuda"
+    context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn")) as process:
+            1, context, start_worker, (None, context.Event(), os.getpid())) as process:
         process.submit(torch_seconds, steps, device).result()
         pairs = [(timed(ours, lab.xp)[1] / steps,
                   process.submit(torch_seconds, steps, device).result() / steps)
