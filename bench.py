@@ -143,16 +143,15 @@ class Lab:
     def watch(self, steps, per_epoch, score=None, keep=lambda: None):
         """A callback that times a training without its tests, keeps its curve as [seconds, steps,
         score], tells its progress, and ends it at the time limit where there is one."""
-        record, limit, first = self.record, self.limit, True
+        record, limit = self.record, self.limit
         before, steps_before, curve = record["seconds"][0], record["steps"], record["curve"]
         start, paused = time.perf_counter(), 0.0
 
         def callback(step, net, loss):
-            nonlocal before, first, paused
-            if first and step > 1:          # a training that goes on from its checkpoint
+            nonlocal before, paused
+            if step > 1 and record["steps"] == steps_before:    # goes on from its checkpoint
                 curve[:] = [point for point in curve if point[1] < step]
                 before = curve[-1][0] if curve else 0.0
-            first = False
             spent = time.perf_counter() - start - paused
             done = spent / limit if limit else step / steps
             if score and done >= (len(curve) + 1) / self.settings["points"]:
@@ -160,10 +159,9 @@ class Lab:
                 spent = time.perf_counter() - start - paused
                 value, pause = timed(lambda: score(net))
                 curve.append([before + spent, steps_before + step, value])
+                keep()
                 paused += pause
             record["seconds"], record["steps"] = [before + spent], steps_before + step
-            if curve and curve[-1][1] == steps_before + step:
-                keep()
             self.tell(min(done, 1), f"epoch {step / per_epoch:.1f}"
                       + (f", {curve[-1][2]:.3f}" if curve else ""))
             return limit is not None and spent >= limit
@@ -177,16 +175,18 @@ class Lab:
                 return cr.evaluate(net, self.few(data), task=task)
         per_epoch = -(-len(data.train) // options.get("batch_size", 16))
         steps = options.get("steps") or options["epochs"] * per_epoch
-        watch = self.watch(steps, per_epoch, score)
-        if self.checkpoint and steps >= 500:
-            curve = f"{self.checkpoint}.json"
-            if os.path.exists(curve):
-                with open(curve) as file:
-                    self.record["curve"] = json.load(file)
-            watch = self.watch(steps, per_epoch, score,
-                               lambda: write_json(curve, self.record["curve"]))
+        kept = f"{self.checkpoint}.json" if self.checkpoint and steps >= 500 else None
+        if kept:
             options.update(checkpoint=self.checkpoint, checkpoint_every=-(-steps // 100))
-        return cr.train(net, data, task=task, callback=watch, **options)[0]
+            if os.path.exists(kept):
+                with open(kept) as file:
+                    self.record["curve"] = json.load(file)
+
+        def keep():
+            if kept:
+                write_json(kept, self.record["curve"])
+        return cr.train(net, data, task=task, callback=self.watch(steps, per_epoch, score, keep),
+                        **options)[0]
 
     def scored(self, score):
         return score()
@@ -304,15 +304,15 @@ class Runs:
     def estimate(self, names):
         """Seconds until what is missing will have been made."""
         with one_core() if self.workers > 1 else contextlib.nullcontext():
-            for name, seed in self.jobs(names):
-                rival = EXPERIMENTS[name].rival if self.settings["patience"] else None
-                for key in (rival, name):
-                    if key and key not in self.costs and (name, seed) not in self.records:
-                        say(f"estimating the time of {key}")
-                        self.costs[key] = 0.0 if not EXPERIMENTS[key].seeded else (
-                            self.settings["patience"] * self.costs[rival] if key != rival and rival
-                            else make_run(key, seed, self.settings, xp=self.xp,
-                                          kind=Rehearsal)["seconds"][0])
+            for name, seed in self.jobs(names):         # a rival stands before its baseline
+                rival, patience = EXPERIMENTS[name].rival, self.settings["patience"]
+                if ((name, seed) in self.records or name in self.costs
+                        or not EXPERIMENTS[name].seeded):
+                    continue
+                say(f"estimating the time of {name}")
+                self.costs[name] = (
+                    patience * self.costs[rival] if rival and patience else make_run(
+                        name, seed, self.settings, xp=self.xp, kind=Rehearsal)["seconds"][0])
         return self.left(self.jobs(names))
 
     def left(self, jobs):
