@@ -1036,11 +1036,13 @@ def peers():
 
 
 def interleaved(programs, repeats, xp=np):
-    """Seconds of each program, A B A B, as (repeats, programs). Each timed call follows an untimed
-    one of its own, so that no program starts while the idle threads of another still spin."""
+    """Seconds of each program, A B A B, as (repeats, programs). The threads of torch spin for some
+    ten milliseconds after its work, and a program that starts before they sleep lacks their core;
+    hence the pause, and an untimed call to warm up again."""
     seconds = np.empty((repeats, len(programs)))
     for row in seconds:
         for i, program in enumerate(programs):
+            time.sleep(0.02)
             program()
             row[i] = timed(program, xp)[1]
     return seconds

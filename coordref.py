@@ -591,11 +591,39 @@ def _blas():
 
 
 @functools.cache
-def _pool(process, workers):
-    """Threads that stay for the next call; a forked process has none of them and makes its own."""
+def _pool(process, threads):
+    """Threads that stay for the next call, and their ids; a forked process makes its own."""
     from concurrent.futures import ThreadPoolExecutor
 
-    return ThreadPoolExecutor(workers)
+    pool, all_here = ThreadPoolExecutor(threads), threading.Barrier(threads)
+    return pool, list(pool.map(lambda _: (all_here.wait(), threading.get_native_id())[1],
+                               range(threads)))
+
+
+@functools.cache
+def _core():
+    """A function that says on which core its caller runs, or None where the system has none."""
+    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
+
+
+@contextlib.contextmanager
+def _apart(threads):
+    """Keep this thread where it runs, and the other threads off its core. Linux wakes a thread
+    beside the one that woke it, and leaves both on one core for milliseconds while the next is
+    idle: 16 to 16 filters of 3x3 took 4.8 ms after a pause, and 2.8 ms apart (2026-11-24)."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") and _core() else ()
+    if len(threads) >= len(cores):
+        yield
+        return
+    here = {_core()()}
+    for thread, places in (*((t, cores - here) for t in threads), (0, here)):
+        with contextlib.suppress(OSError):      # a system that refuses only costs time
+            os.sched_setaffinity(thread, places)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cores)
 
 
 @functools.cache
@@ -662,9 +690,10 @@ def _spread(xp, task, items):
             return results
         helpers = []
         try:
-            pool = _pool(os.getpid(), _cores())
-            helpers = [pool.submit(work) for _ in range(workers - 1)]
-            work()                      # this thread is one of the team
+            pool, threads = _pool(os.getpid(), _cores() - 1)
+            with _apart(threads):
+                helpers = [pool.submit(work) for _ in range(workers - 1)]
+                work()                  # this thread is one of the team
         finally:
             try:
                 helpers = [h for h in helpers if not h.cancel()]
