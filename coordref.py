@@ -706,6 +706,16 @@ def _spread(xp, task, items):
     return results
 
 
+def _run(xp, *plans):
+    """The results of plans, pairs (jobs, finish) where finish takes what the jobs returned. All
+    jobs stand in one queue, so that threads wait for each other only at its end."""
+    done = iter(_spread(xp, lambda job: job(), [job for jobs, _ in plans for job in jobs]))
+    return [finish([next(done) for _ in jobs]) for jobs, finish in plans]
+
+
+_NOTHING: tuple[Any, Any] = ([], lambda done: None)         # the plan of what nobody wants
+
+
 _BLOCK = 2 ** 23        # most bytes of columns in a block
 _SHORT = 16             # rows of fewer pixels make products that are too small
 
@@ -891,7 +901,8 @@ def _filter_lines(x, w, geo, block):
 
 
 def _correlate(x, w, geo, base=None, last=False, result=None):
-    """y = w @ columns + base, where base (F, *out) or (F, 1, ...) holds bias and coordinates."""
+    """The plan of y = w @ columns + base, where base (F, *out) or (F, 1, ...) holds bias and
+    coordinates."""
     xp, F, G = _xp(x), len(w), geo.groups
     if result is None:
         result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
@@ -916,9 +927,8 @@ def _correlate(x, w, geo, base=None, last=False, result=None):
         if base is not None:
             target += base[(slice(None), *block[1:])]
     shared = 1 if merge or geo.dilation[-2] > 1 else -(-geo.kernel[-2] // geo.stride[-2])
-    _spread(xp, fill, _blocks(len(x), geo.out, x.itemsize * max(
-        _per_point(x, geo, shared, lines), F)))
-    return result
+    blocks = _blocks(len(x), geo.out, x.itemsize * max(_per_point(x, geo, shared, lines), F))
+    return [functools.partial(fill, block) for block in blocks], lambda done: result
 
 
 def _taps(geo):
@@ -930,7 +940,8 @@ def _taps(geo):
 
 
 def _correlate_dx(dy, w, geo, size, base=None, last=False):
-    """dx[n, c, o*stride + k*dilation - before] += sum_f w[f, c, k] * dy[n, f, o], plus base.
+    """The plan of dx[n, c, o*stride + k*dilation - before] += sum_f w[f, c, k] * dy[n, f, o],
+    plus base.
 
     The transpose of a correlation of stride 1 is the correlation with the mirrored kernel. With
     a stride s, pixels that lie s apart read the same taps, those with (pixel + before - tap *
@@ -951,31 +962,31 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
                           (lead, out + (len(taps) - 1) * apart - m - lead)))
         phases.append(found)
 
-    def run(phase):
+    def plan(phase):
         places, mirror, kernel, dilation, out, pads = zip(*phase)
         part = None if base is None else base[(slice(None), *places)]
-        return places, _correlate(dy, w[(slice(None), slice(None), *mirror)], geo._replace(
+        return _correlate(dy, w[(slice(None), slice(None), *mirror)], geo._replace(
             kernel=kernel, stride=(1,) * rank, dilation=dilation, pads=pads, out=out), part, last)
 
     def fill(phase):
-        places, part = run(phase)
-        dx[(slice(None), slice(None), *places)] = part
+        dx[(slice(None), slice(None), *(place for place, *_ in phase))], = _run(xp, plan(phase))
     together = sorted(itertools.product(*phases), key=lambda phase: -math.prod(
         taps for _, _, taps, *_ in phase))      # the longest first, to end at the same time
     if max(geo.stride) == 1:
-        return run(together[0])[1]
+        return plan(together[0])
     dx = _empty(xp, (len(dy), C, *size), dy.dtype, last)
     if len(together) < math.prod(geo.stride):           # no tap reads the other phases
         dx[...] = 0 if base is None else base
-    _spread(xp, fill, together)
-    return dx
+    return [functools.partial(fill, phase) for phase in together], lambda done: dx
 
 
 def _correlate_dw(dy, x, geo, shape):
-    """dw[f, c, k] = sum_{n, o} dy[n, f, o] * x[n, c, o*stride + k*dilation - before]."""
+    """The plan of dw[f, c, k] = sum_{n, o} dy[n, f, o] * x[n, c, o*stride + k*dilation - before],
+    in a few sums of blocks."""
     xp, (F, C, *kernel), G = _xp(dy), shape, geo.groups
     geo, x, dy = _planes(geo, math.inf, x, dy)
     F, K, merge = F // G, C * math.prod(kernel), geo.out[-1] < _SHORT
+
     def add(blocks):
         dw = xp.zeros((G, K, F), dy.dtype)
         for block in blocks:
@@ -994,11 +1005,13 @@ def _correlate_dw(dy, x, geo, shape):
         K * F * G // min(512, math.prod(geo.out[-2:]))), math.inf)
     # two to eight sums, whatever the number of cores, so that the rounding does not depend on it
     sums = min(len(blocks), max(2, min(8, _BLOCK // max(1, x.itemsize * K * F * G))))
-    dw = sum(_spread(xp, add, [blocks[i::sums] for i in range(sums)]),
-             xp.zeros((G, K, F), dy.dtype))
-    outer, row = (geo.kernel[-2], *geo.kernel[:-2]), geo.kernel[-1:]
-    dw = dw.swapaxes(1, 2).reshape(F * G, *outer, C, *row)              # (F, kh, ..., c, kw)
-    return xp.moveaxis(dw, (-2, 1), (1, -2)).reshape(shape)
+
+    def finish(parts):
+        outer, row = (geo.kernel[-2], *geo.kernel[:-2]), geo.kernel[-1:]
+        dw = sum(parts, xp.zeros((G, K, F), dy.dtype)).swapaxes(1, 2)
+        dw = dw.reshape(F * G, *outer, C, *row)                         # (F, kh, ..., c, kw)
+        return xp.moveaxis(dw, (-2, 1), (1, -2)).reshape(shape)
+    return [functools.partial(add, blocks[i::sums]) for i in range(sums)], finish
 
 
 def _pixels(x):
@@ -1006,11 +1019,12 @@ def _pixels(x):
     return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
 
 
-def _sum_by_filter(dy):
-    """db[f] = sum over images and pixels of dy[n, f]."""
-    pixels = _pixels(dy)
-    with _one_blas_thread():
+def _sum_by_filter(dy, b):
+    """The plan of db[f] = sum over images and pixels of dy[n, f], if there is a b."""
+    def add():
+        pixels = _pixels(dy)
         return (pixels @ _xp(dy).ones(pixels.shape[2], dy.dtype)).sum(axis=0)
+    return _NOTHING if b is None else ([add], lambda done: done[0])
 
 
 def _column(b, rank):
@@ -1055,8 +1069,8 @@ def conv(x: Array, w: Array, b: Array | None = None, *, stride: PerAxis = 1, pad
     """
     geo = _conv_geometry("conv", x, w, b, stride, padding, dilation, groups)
     x_, w_, b_ = _wide(x, w, b)
-    return _narrow(x.dtype, _correlate(x_, w_, geo, _column(b_, len(geo.out)),
-                                       _channels_last(x)))[0]
+    return _narrow(x.dtype, *_run(_xp(x), _correlate(x_, w_, geo, _column(b_, len(geo.out)),
+                                                     _channels_last(x))))[0]
 
 
 def conv_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *, stride: PerAxis = 1,
@@ -1092,11 +1106,11 @@ def conv_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *, stri
     _arrays(fn, dy=dy, x=x)
     _same_shape(fn, "dy", dy, (x.shape[0], w.shape[0], *geo.out), "the output")
     dy, x_, w_ = _wide(dy, x, w)
-    dx = None
+    dx = _NOTHING
     if _flag(fn, "need_dx", need_dx):
         dx = _correlate_dx(dy, w_, geo, x.shape[2:], last=_channels_last(x))
-    dw = _correlate_dw(dy, x_, geo, w.shape)
-    return _narrow(x.dtype, dx, dw, None if b is None else _sum_by_filter(dy))
+    return _narrow(x.dtype, *_run(_xp(x), dx, _correlate_dw(dy, x_, geo, w.shape),
+                                  _sum_by_filter(dy, b)))
 
 
 def conv_transpose(x: Array, w: Array, b: Array | None = None, *, stride: PerAxis = 1,
@@ -1138,7 +1152,8 @@ def conv_transpose(x: Array, w: Array, b: Array | None = None, *, stride: PerAxi
     geo, size = _deconv_geometry("conv_transpose", x, w, b, stride, padding, output_padding,
                                  dilation, groups)
     x_, w_, b_ = _wide(x, w, b)
-    return _narrow(x.dtype, _correlate_dx(x_, w_, geo, size, _column(b_, len(size))))[0]
+    return _narrow(x.dtype, *_run(_xp(x), _correlate_dx(x_, w_, geo, size,
+                                                        _column(b_, len(size)))))[0]
 
 
 def conv_transpose_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *,
@@ -1170,9 +1185,9 @@ def conv_transpose_backward(dy: Array, x: Array, w: Array, b: Array | None = Non
     _arrays(fn, dy=dy, x=x)
     _same_shape(fn, "dy", dy, (x.shape[0], w.shape[1] * groups, *size), "the output")
     dy, x_, w_ = _wide(dy, x, w)
-    dx = _correlate(dy, w_, geo) if _flag(fn, "need_dx", need_dx) else None
-    dw = _correlate_dw(x_, dy, geo, w.shape)
-    return _narrow(x.dtype, dx, dw, None if b is None else _sum_by_filter(dy))
+    dx = _correlate(dy, w_, geo) if _flag(fn, "need_dx", need_dx) else _NOTHING
+    return _narrow(x.dtype, *_run(_xp(x), dx, _correlate_dw(x_, dy, geo, w.shape),
+                                  _sum_by_filter(dy, b)))
 
 
 def _coord_geometry(fn, x, w, b, size, radius, scale, stride, padding, dilation):
@@ -1280,9 +1295,9 @@ def coord_conv(x: Array, w: Array, b: Array | None = None, *, size: Size | None 
         base = base + _contract(w_[:, C + a], [pair[a != j] for j, pair in enumerate(reads)], 1)
     if radius:
         r = coord_channels(grid, radius=True, scale=scale, dtype=x_.dtype, xp=xp)[None, rank:]
-        base += _correlate(r, w_[:, C + rank:], geo)[0]
+        base += _run(xp, _correlate(r, w_[:, C + rank:], geo))[0][0]
     if size is None:
-        _correlate(x_, w_[:, :C], geo, base, result=y)
+        _run(xp, _correlate(x_, w_[:, :C], geo, base, result=y))
     else:
         reach = _contract(w_[:, :C], _tile(geo, reads)[1], 1)
         base = xp.moveaxis(xp.ascontiguousarray(xp.moveaxis(base, 0, -1)), -1, 0)
@@ -1320,27 +1335,26 @@ def coord_conv_backward(dy: Array, x: Array, w: Array, b: Array | None = None, *
     _same_shape(fn, "dy", dy, (N, F, *geo.out), "the output")
     _flag(fn, "need_dx", need_dx)
     dy, x_, w_ = _wide(dy, x, w)
-    reads, total = _reads(geo, grid, scale, dy.dtype, xp), xp.ascontiguousarray(dy.sum(axis=0))
-    dx, dw = None, xp.empty(w.shape, dy.dtype)
-    for a in range(rank):
-        dw[:, C + a] = _contract(total, [pair[a != j] for j, pair in enumerate(reads)], 0)
-    if radius:
-        r = coord_channels(grid, radius=True, scale=scale, dtype=dy.dtype, xp=xp)[None, rank:]
-        dw[:, C + rank:] = _correlate_dw(total[None], r, geo, (F, 1, *geo.kernel))
+    reads, dw = _reads(geo, grid, scale, dy.dtype, xp), xp.empty(w.shape, dy.dtype)
+    dx, add_up = None, ([lambda: xp.ascontiguousarray(dy.sum(axis=0))], lambda done: done[0])
     if size is None:
-        dw[:, :C] = _correlate_dw(dy, x_, geo, (F, C, *geo.kernel))
-        if need_dx:
-            dx = _correlate_dx(dy, w_[:, :C], geo, grid, last=_channels_last(x))
+        dx, dw[:, :C], total = _run(
+            xp, _correlate_dx(dy, w_[:, :C], geo, grid, last=_channels_last(x)) if need_dx
+            else _NOTHING, _correlate_dw(dy, x_, geo, (F, C, *geo.kernel)), add_up)
     else:
-        (alike, ones), axes = _tile(geo, reads), tuple(range(2, x.ndim))
+        (alike, ones), axes, total = _tile(geo, reads), tuple(range(2, x.ndim)), *_run(xp, add_up)
         seen = dy.sum(axis=axes, keepdims=True) if alike else dy
         per_pixel = _tensordot(seen, x_.reshape(N, C), (0,), (0,))      # (F, *out, C)
         dw[:, :C] = _contract(xp.moveaxis(per_pixel, -1, 1), ones, 0)
         if need_dx:
             reach = _contract(w_[:, :C], ones, 1)
             dx = _tensordot(seen, reach, (1, *axes), (0, *axes)).reshape(x.shape)
-    db = None if b is None else _sum_by_filter(total[None])
-    return _narrow(x.dtype, dx, dw, db)
+    for a in range(rank):
+        dw[:, C + a] = _contract(total, [pair[a != j] for j, pair in enumerate(reads)], 0)
+    if radius:
+        r = coord_channels(grid, radius=True, scale=scale, dtype=dy.dtype, xp=xp)[None, rank:]
+        dw[:, C + rank:], = _run(xp, _correlate_dw(total[None], r, geo, (F, 1, *geo.kernel)))
+    return _narrow(x.dtype, dx, dw, *_run(xp, _sum_by_filter(total[None], b)))
 
 
 # 4 THE OTHER PIECES ------------------------------------------------------------------------------
