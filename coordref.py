@@ -717,7 +717,7 @@ _NOTHING: tuple[Any, Any] = ([], lambda done: None)         # the plan of what n
 
 
 _BLOCK = 2 ** 23        # most bytes of columns in a block
-_SHORT = 16             # rows of fewer pixels make products that are too small
+_SHORT = 16             # rows, or images, of fewer pixels make products that are too small
 
 
 def _blocks(N, out, per_point, row=128):
@@ -875,10 +875,25 @@ def _product(w, columns, y):
     elif y.strides[-1] == y.itemsize:
         xp.matmul(columns.swapaxes(-1, -2), xp.ascontiguousarray(w.swapaxes(-1, -2)), out=y)
     else:
-        part = max(1, F if F * K * columns.shape[-1] < 10 ** 6 else math.gcd(F, 16))
+        part = next((F // i for i in range(1, F // 16 + 1)
+                     if F % i == 0 and F // i * K * columns.shape[-1] <= 10 ** 6), max(1, F))
         y = y.swapaxes(-1, -2)
         xp.matmul(w.reshape(*w.shape[:-2], F // part, part, K), columns[..., None, :, :],
                   out=y.reshape(*y.shape[:-2], F // part, part, y.shape[-1]))
+
+
+def _sum_products(w, columns, y):
+    """y = w @ columns summed over the rows of the kernel, whose columns are (..., KH, taps, points
+    of an image), in pieces of up to 128 points."""
+    *outer, KH, K, points = columns.shape
+    run = _divisor(points, 128)
+    columns = columns.reshape(*outer, KH, K, points // run, run).swapaxes(-2, -3)
+    y = y.reshape(*outer, points // run, run, y.shape[-1])
+    part = _xp(y).empty_like(y)
+    for k in range(KH):
+        _product(w[:, :, k * K:(k + 1) * K], columns[..., k, :, :, :], part if k else y)
+        if k:
+            y += part
 
 
 def _filter_lines(x, w, geo, block):
@@ -910,7 +925,8 @@ def _correlate(x, w, geo, base=None, last=False, result=None):
     geo, x, y = _planes(geo, 128, x, result)
     base = None if base is None else base.reshape(F, *geo.out)
     w = w.reshape(*w.shape[:2], *geo.kernel)
-    lines, merge = w.shape[1] == 1 and F == G, geo.out[-1] < _SHORT
+    lines, merge = w.shape[1] == 1 and F == G, math.prod(geo.out[-2:]) < _SHORT
+    runs = not merge and (geo.out[-1] < _SHORT or geo.dilation[-2] > 1)
     matrix = _weight_matrix(w, geo)
 
     def fill(block):
@@ -922,12 +938,16 @@ def _correlate(x, w, geo, base=None, last=False, result=None):
             part = xp.empty(points.shape, x.dtype)
             _product(matrix, columns, part.reshape(G, 1, columns.shape[-1], F // G))
             points[...] = part
+        elif runs:
+            _sum_products(matrix, _columns(x, geo, block, "images"), _points(target, G))
         else:
             _product(matrix, _columns(x, geo, block, "rows"), _points(target, G))
         if base is not None:
             target += base[(slice(None), *block[1:])]
-    shared = 1 if merge or geo.dilation[-2] > 1 else -(-geo.kernel[-2] // geo.stride[-2])
-    blocks = _blocks(len(x), geo.out, x.itemsize * max(_per_point(x, geo, shared, lines), F))
+    alone = geo.stride[-2] > 1 if runs else geo.dilation[-2] > 1     # rows of taps, in the copy
+    shared = 1 if merge or alone else -(-geo.kernel[-2] // geo.stride[-2])
+    blocks = _blocks(len(x), geo.out, x.itemsize * max(
+        _per_point(x, geo, shared, lines), F * (1 + runs)), math.inf if runs else 128)
     return [functools.partial(fill, block) for block in blocks], lambda done: result
 
 
@@ -985,7 +1005,8 @@ def _correlate_dw(dy, x, geo, shape):
     in a few sums of blocks."""
     xp, (F, C, *kernel), G = _xp(dy), shape, geo.groups
     geo, x, dy = _planes(geo, math.inf, x, dy)
-    F, K, merge = F // G, C * math.prod(kernel), geo.out[-1] < _SHORT
+    F, K, plane = F // G, C * math.prod(kernel), math.prod(geo.out[-2:])
+    merge = plane < max(_SHORT, F // 4)     # else each image would add a dw of its own to the sum
 
     def add(blocks):
         dw = xp.zeros((G, K, F), dy.dtype)
@@ -1002,7 +1023,7 @@ def _correlate_dw(dy, x, geo, shape):
     shared = 1 if merge or geo.stride[-2] > 1 else geo.kernel[-2]
     blocks = _blocks(len(x), geo.out, x.itemsize * max(
         _per_point(x, geo, shared), F * G,
-        K * F * G // min(512, math.prod(geo.out[-2:]))), math.inf)
+        K * F * G // max(1, min(512, plane * (len(x) if merge else 1)))), math.inf)
     # two to eight sums, whatever the number of cores, so that the rounding does not depend on it
     sums = min(len(blocks), max(2, min(8, _BLOCK // max(1, x.itemsize * K * F * G))))
 

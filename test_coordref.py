@@ -182,7 +182,7 @@ SURFACE = """
 empty zeros ones: shape, dtype=float, order="C"
 full: shape, fill_value, dtype=None, order="C"
 arange: start, stop=None, step=1, dtype=None
-zeros_like ones_like: a, dtype=None, order="K"
+empty_like zeros_like ones_like: a, dtype=None, order="K"
 ascontiguousarray asfortranarray: a, dtype=None
 sum prod mean argmax argmin: a, axis=None, dtype=None, out=None, keepdims=False
 max min any all: a, axis=None, out=None, keepdims=False
@@ -380,13 +380,14 @@ def random_conv(seed, xp=np):
 
 # LAWS --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("block, short", [(1, 16), (320, 1), (2 ** 23, 1), (2 ** 23, 16)])
+@pytest.mark.parametrize("block, short", [(1, 16), (320, 1), (2 ** 23, 1), (2 ** 23, 7),
+                                          (2 ** 23, 99)])
 @pytest.mark.parametrize("seed", range(40))
 def test_convolution_is_its_definition_and_its_gradients_are_its_transposes(seed, block, short, xp,
                                                                             monkeypatch):
     """<conv(x, w), g> = <x, dx> = <w, dw>: convolution is linear in x and in w."""
     monkeypatch.setattr(coordref, "_BLOCK", block)          # points, images, and between
-    monkeypatch.setattr(coordref, "_SHORT", short)          # rows of pixels, or all in one
+    monkeypatch.setattr(coordref, "_SHORT", short)          # rows, images, or all in one
     x, w, b, stride, pads, dilation, groups = random_conv(seed, xp)
     options = {"stride": stride, "padding": pads, "dilation": dilation, "groups": groups}
     before = [host(a).copy() for a in (x, w, b)]
