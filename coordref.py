@@ -770,22 +770,13 @@ def _divisor(n, most):
     return found if found >= _SHORT else n
 
 
-def _planes(geo, most, *arrays):
-    """The geometry and arrays (N, C, *size) with at least two spatial axes. Under a kernel of 1
-    all pixels are alike and are refolded into rows of at most so many."""
-    pixels, rank = math.prod(geo.out), len(geo.out)
-    if (math.prod(geo.kernel + geo.stride) == 1 and not any(map(any, geo.pads)) and pixels
-            and all(a.shape[2:] == geo.out for a in arrays)):
-        row = _divisor(pixels, most)
-        out = (pixels // row, row)
-        geo = geo._replace(kernel=(1, 1), stride=(1, 1), dilation=(1, 1), pads=((0, 0),) * 2,
-                           out=out)
-        return geo, *(a.reshape(*a.shape[:2], *out) for a in arrays)
-    if rank == 1:
-        geo = geo._replace(**{k: (v, getattr(geo, k)[0]) for k, v in zip(
-            ("kernel", "stride", "dilation", "pads", "out"), (1, 1, 1, (0, 0), 1))})
-        return geo, *(a[:, :, None] for a in arrays)
-    return geo, *arrays
+def _planes(geo, *arrays):
+    """The geometry and arrays (N, C, *size) with at least two spatial axes."""
+    if len(geo.out) > 1:
+        return geo, *arrays
+    geo = geo._replace(**{k: (v, getattr(geo, k)[0]) for k, v in zip(
+        ("kernel", "stride", "dilation", "pads", "out"), (1, 1, 1, (0, 0), 1))})
+    return geo, *(a[:, :, None] for a in arrays)
 
 
 def _seen(x, geo, block):
@@ -889,7 +880,7 @@ def _sum_products(w, columns, y):
     run = _divisor(points, 128)
     columns = columns.reshape(*outer, KH, K, points // run, run).swapaxes(-2, -3)
     y = y.reshape(*outer, points // run, run, y.shape[-1])
-    part = _xp(y).empty_like(y)
+    part = _xp(y).empty_like(y) if KH > 1 else None
     for k in range(KH):
         _product(w[:, :, k * K:(k + 1) * K], columns[..., k, :, :, :], part if k else y)
         if k:
@@ -922,11 +913,11 @@ def _correlate(x, w, geo, base=None, last=False, result=None):
     if result is None:
         result = _empty(xp, (len(x), F, *geo.out), x.dtype, last)
     base = None if base is None else xp.broadcast_to(base, (F, *geo.out))
-    geo, x, y = _planes(geo, 128, x, result)
+    geo, x, y = _planes(geo, x, result)
     base = None if base is None else base.reshape(F, *geo.out)
     w = w.reshape(*w.shape[:2], *geo.kernel)
     lines, merge = w.shape[1] == 1 and F == G, math.prod(geo.out[-2:]) < _SHORT
-    runs = not merge and (geo.out[-1] < _SHORT or geo.dilation[-2] > 1)
+    runs = not merge and (geo.out[-1] < _SHORT or geo.dilation[-2] > 1 or geo.kernel[-2] == 1)
     matrix = _weight_matrix(w, geo)
 
     def fill(block):
@@ -1004,7 +995,7 @@ def _correlate_dw(dy, x, geo, shape):
     """The plan of dw[f, c, k] = sum_{n, o} dy[n, f, o] * x[n, c, o*stride + k*dilation - before],
     in a few sums of blocks."""
     xp, (F, C, *kernel), G = _xp(dy), shape, geo.groups
-    geo, x, dy = _planes(geo, math.inf, x, dy)
+    geo, x, dy = _planes(geo, x, dy)
     F, K, plane = F // G, C * math.prod(kernel), math.prod(geo.out[-2:])
     merge = plane < max(_SHORT, F // 4)     # else each image would add a dw of its own to the sum
 
