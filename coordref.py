@@ -716,7 +716,7 @@ def _run(xp, *plans):
 _NOTHING: tuple[Any, Any] = ([], lambda done: None)         # the plan of what nobody wants
 
 
-_BLOCK = 2 ** 23        # most bytes of columns in a block
+_BLOCK = 2 ** 22        # most bytes of columns in a block
 _SHORT = 16             # rows, or images, of fewer pixels make products that are too small
 
 
@@ -920,21 +920,26 @@ def _correlate(x, w, geo, base=None, last=False, result=None):
     runs = not merge and (geo.out[-1] < _SHORT or geo.dilation[-2] > 1 or geo.kernel[-2] == 1)
     matrix = _weight_matrix(w, geo)
 
+    whole = any(a.flags.c_contiguous for a in (result, xp.moveaxis(result, 1, -1)))
+
     def fill(block):
         target = y[_at(block)]
+        part = target if whole else xp.empty(target.shape, x.dtype)
         if lines:
-            target[...] = _filter_lines(x, w[:, 0], geo, block)
+            part[...] = _filter_lines(x, w[:, 0], geo, block)
         elif merge:
-            columns, points = _columns(x, geo, block, "points"), _points(target, G)
-            part = xp.empty(points.shape, x.dtype)
-            _product(matrix, columns, part.reshape(G, 1, columns.shape[-1], F // G))
-            points[...] = part
+            columns, points = _columns(x, geo, block, "points"), _points(part, G)
+            merged = xp.empty(points.shape, x.dtype)
+            _product(matrix, columns, merged.reshape(G, 1, columns.shape[-1], F // G))
+            points[...] = merged
         elif runs:
-            _sum_products(matrix, _columns(x, geo, block, "images"), _points(target, G))
+            _sum_products(matrix, _columns(x, geo, block, "images"), _points(part, G))
         else:
-            _product(matrix, _columns(x, geo, block, "rows"), _points(target, G))
+            _product(matrix, _columns(x, geo, block, "rows"), _points(part, G))
         if base is not None:
-            target += base[(slice(None), *block[1:])]
+            part += base[(slice(None), *block[1:])]
+        if not whole:
+            target[...] = part
     alone = geo.stride[-2] > 1 if runs else geo.dilation[-2] > 1     # rows of taps, in the copy
     shared = 1 if merge or alone else -(-geo.kernel[-2] // geo.stride[-2])
     blocks = _blocks(len(x), geo.out, x.itemsize * max(
@@ -977,18 +982,13 @@ def _correlate_dx(dy, w, geo, size, base=None, last=False):
         places, mirror, kernel, dilation, out, pads = zip(*phase)
         part = None if base is None else base[(slice(None), *places)]
         return _correlate(dy, w[(slice(None), slice(None), *mirror)], geo._replace(
-            kernel=kernel, stride=(1,) * rank, dilation=dilation, pads=pads, out=out), part, last)
-
-    def fill(phase):
-        dx[(slice(None), slice(None), *(place for place, *_ in phase))], = _run(xp, plan(phase))
-    together = sorted(itertools.product(*phases), key=lambda phase: -math.prod(
-        taps for _, _, taps, *_ in phase))      # the longest first, to end at the same time
-    if max(geo.stride) == 1:
-        return plan(together[0])
+            kernel=kernel, stride=(1,) * rank, dilation=dilation, pads=pads, out=out), part,
+            result=dx[(slice(None), slice(None), *places)])[0]
+    together = list(itertools.product(*phases))
     dx = _empty(xp, (len(dy), C, *size), dy.dtype, last)
     if len(together) < math.prod(geo.stride):           # no tap reads the other phases
         dx[...] = 0 if base is None else base
-    return [functools.partial(fill, phase) for phase in together], lambda done: dx
+    return [job for phase in together for job in plan(phase)], lambda done: dx
 
 
 def _correlate_dw(dy, x, geo, shape):
