@@ -593,12 +593,13 @@ def _blas():
 
 @functools.cache
 def _pool(process, threads):
-    """Threads that stay for the next call, and their ids; a forked process makes its own."""
+    """Threads that stay for the next call, and for each by its id the cores that it was told to
+    use; a forked process has none of them and makes its own."""
     from concurrent.futures import ThreadPoolExecutor
 
     pool, all_here = ThreadPoolExecutor(threads), threading.Barrier(threads)
-    return pool, list(pool.map(lambda _: (all_here.wait(), threading.get_native_id())[1],
-                               range(threads)))
+    ids = pool.map(lambda _: (all_here.wait(), threading.get_native_id())[1], range(threads))
+    return pool, dict.fromkeys(ids)
 
 
 @functools.cache
@@ -617,9 +618,13 @@ def _apart(threads):
         yield
         return
     here = {_core()()}
-    for thread, places in (*((t, cores - here) for t in threads), (0, here)):
-        with contextlib.suppress(OSError):      # a system that refuses only costs time
-            os.sched_setaffinity(thread, places)
+    try:
+        for thread in (t for t, told in threads.items() if told != cores - here):
+            os.sched_setaffinity(thread, cores - here)
+            threads[thread] = cores - here
+        os.sched_setaffinity(0, here)
+    except OSError:                             # a system that refuses only costs time
+        pass
     try:
         yield
     finally:
@@ -765,7 +770,7 @@ def _empty(xp, shape, dtype, last):
 
 
 def _divisor(n, most):
-    """The largest divisor of n up to most, or n itself where that is _SHORT."""
+    """The largest divisor of n up to most, or n itself where that is less than _SHORT."""
     found = next((i for i in range(min(most, n), 0, -1) if n % i == 0), n)
     return found if found >= _SHORT else n
 
@@ -789,15 +794,17 @@ def _seen(x, geo, block):
 def _columns(x, geo, block, layout):
     """The columns that a block of outputs reads: matrices (..., taps of a group, pixels).
 
-    "rows":   (G, N, ..., rows, taps, pixels of a row)
-    "images": (G, N, ..., KH or 1, taps, pixels of an image)
+    "rows":   (G, N, ..., rows, taps, pixels of a row), for rows of taps one line apart
+    "images": (G, N, ..., KH or 1, taps, pixels of an image), to be summed over KH
     "points": (G, 1, taps, pixels of the block), the taps side by side in memory
 
     Small matrices make the fastest products: OpenBLAS does not pack those of up to a million
     multiply-adds, and runs at 95 to 115 GFLOP/s a core where it gets 40 to 100 in one large
-    product, the less the fewer the filters (2026-11-24). Taps are ordered (kh, ..., c, kw). The
-    pixels that one row of outputs reads at kh are those that the row before it reads at kh + 1,
-    so KW copies of the image serve KH * KW taps: the matrices overlap.
+    product, the less the fewer the filters. It loses as much on rows of 8 to 28 pixels, which
+    "images" joins (3x3, 256 to 256 on 14 x 14 pixels: 12.8 ms for 19; 2026-11-24). Taps are
+    ordered (kh, ..., c, kw). The pixels that one row of outputs reads at kh are those that the
+    row before it reads at kh + 1, so KW copies of the image serve KH * KW taps: the matrices
+    overlap.
     """
     x, places, G, h = _seen(x, geo, block), block[1:], geo.groups, len(geo.out) - 2
     # every axis of the columns as (length, stride in x)
@@ -816,8 +823,6 @@ def _columns(x, geo, block, layout):
         points = math.prod(outer[1:]) * rows * row
         return view(g, n, *o, k[h], *taps).reshape(G, 1, points, K).swapaxes(2, 3)
     if layout == "rows":
-        if KH == 1 or geo.dilation[h] > 1:
-            return view(g, n, *o[:-1], k[h], *taps, o[-1]).reshape(*outer, rows, K, row)
         copies = view(g, n, *o[:h], lines, *taps, o[-1]).copy()
         line = copies.strides[h + 2]
         return strided(copies, (*outer, rows, K, row), (
@@ -919,7 +924,6 @@ def _correlate(x, w, geo, base=None, last=False, result=None):
     lines, merge = w.shape[1] == 1 and F == G, math.prod(geo.out[-2:]) < _SHORT
     runs = not merge and (geo.out[-1] < _SHORT or geo.dilation[-2] > 1 or geo.kernel[-2] == 1)
     matrix = _weight_matrix(w, geo)
-
     whole = any(a.flags.c_contiguous for a in (result, xp.moveaxis(result, 1, -1)))
 
     def fill(block):
@@ -940,8 +944,7 @@ def _correlate(x, w, geo, base=None, last=False, result=None):
             part += base[(slice(None), *block[1:])]
         if not whole:
             target[...] = part
-    alone = geo.stride[-2] > 1 if runs else geo.dilation[-2] > 1     # rows of taps, in the copy
-    shared = 1 if merge or alone else -(-geo.kernel[-2] // geo.stride[-2])
+    shared = 1 if merge or runs and geo.stride[-2] > 1 else -(-geo.kernel[-2] // geo.stride[-2])
     blocks = _blocks(len(x), geo.out, x.itemsize * max(
         _per_point(x, geo, shared, lines), F * (1 + runs)), math.inf if runs else 128)
     return [functools.partial(fill, block) for block in blocks], lambda done: result

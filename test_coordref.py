@@ -7,6 +7,7 @@ NumPy, on a strict stand-in for CuPy, and on CuPy itself where a GPU answers.
 """
 
 import ast
+import contextlib
 import doctest
 import errno
 import functools
@@ -918,6 +919,33 @@ def test_an_error_in_a_thread_reaches_the_caller_and_frees_the_team(bad, monkeyp
     assert not coordref._one_team.locked()
     bad = []
     assert coordref._spread(np, task, range(8)) == [0, -1, -2, -3, -4, -5, -6, -7]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+                    reason="threads cannot be kept to cores, or there is but one")
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("bad", [(), (1, 5)])
+def test_threads_are_kept_apart_and_the_caller_is_set_free_again(bad, refused, monkeypatch):
+    def refuse(*args):
+        raise PermissionError
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    cores, caller, both = os.sched_getaffinity(0), threading.get_ident(), threading.Barrier(2)
+    seen = {True: set(), False: set()}
+
+    def task(item):
+        seen[threading.get_ident() == caller].add(frozenset(os.sched_getaffinity(0)))
+        if item < 2:
+            both.wait(60)               # each of the two threads takes one of these
+        if item in bad:
+            raise ArithmeticError(item)
+    coordref._spread(np, lambda item: time.sleep(0.001), range(4))          # makes the threads
+    if refused:
+        monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    with pytest.raises(ArithmeticError) if bad else contextlib.nullcontext():
+        coordref._spread(np, task, range(8))
+    assert os.sched_getaffinity(0) == cores
+    (here,), (others,) = seen[True], seen[False]
+    assert refused or len(here) == 1 and others == cores - here
 
 
 def test_the_number_of_threads_does_not_change_a_bit(monkeypatch):
