@@ -650,7 +650,7 @@ def _cores():
     return os.cpu_count() or 1
 
 
-_one_team = threading.Lock()
+_one_team, _this_thread = threading.Lock(), threading.local()
 _counting = threading.Lock()
 _calls: list[int] = []                  # for each call at work, the BLAS threads before it
 
@@ -672,24 +672,33 @@ def _one_blas_thread():
                 set_threads(before)
 
 
+def _in_a_task():
+    """Whether this thread is at work for _spread."""
+    return getattr(_this_thread, "in_a_task", False)
+
+
 def _spread(xp, task, items):
     """[task(item) for item in items], on all cores: one thread per core, one BLAS thread in each.
 
     The calling thread is one of them. Items do not depend on the number of threads and results
     keep their order, so that sums are the same on one core. OMP_NUM_THREADS sets the number. A
-    task that comes here in its turn, or another thread of the program, finds the team at work and
-    goes on alone.
+    task that comes here in its turn does its own items one by one, and so does another thread of
+    the program while the team is at work.
     """
     results, queue, workers = [None] * len(items), enumerate(items), 1
-    if xp is not np:
+    if xp is not np or _in_a_task():
         return [task(item) for item in items]
     if len(items) > 1 and not _one_team.locked():
         _keep_memory()
         workers = min(_cores(), len(items))
 
     def work():
-        for i, item in queue:           # threads take items from one iterator, one at a time
-            results[i] = task(item)
+        _this_thread.in_a_task = True
+        try:
+            for i, item in queue:       # threads take items from one iterator, one at a time
+                results[i] = task(item)
+        finally:
+            _this_thread.in_a_task = False
     with _one_blas_thread():
         if workers < 2 or _blas() is None or not _one_team.acquire(blocking=False):
             work()
@@ -729,12 +738,14 @@ def _blocks(N, out, per_point, row=128):
     """Cut N images of output points, of so many bytes of columns each, into tiles: tuples of
     slices (images, *out) of nearly equal lengths, at most row points on the last axis.
 
-    Four tiles if they make no more than _BLOCK bytes each: threads wait for each other at
-    every call of NumPy, so few large calls beat blocks that would stay in a core's own cache
-    (16 to 16 filters of 3x3: 7.1 ms in 32 blocks, 3.6 ms in 5; measured 2026-11-24)."""
+    Four tiles if they make no more than _BLOCK bytes each, and one in a task that has a core of
+    its own: threads wait for each other at every call of NumPy, so few large calls beat blocks
+    that would stay in a core's own cache (16 to 16 filters of 3x3: 7.1 ms in 32 blocks, 3.6 ms in
+    5; a step of the painter, which trains 4 images in a task, 0.87 of its time; 2026-11-24)."""
     tiles: list[list[slice]] = []
     total = N * math.prod(out) * per_point
-    room = max(1, min(_BLOCK, max(total // 4, 2 ** 19)) // max(1, per_point))
+    share = total // (1 if _in_a_task() else 4)
+    room = max(1, min(_BLOCK, max(share, 2 ** 19)) // max(1, per_point))
     for n, most in zip((*reversed(out), N), (row, *(math.inf,) * len(out))):
         parts = -(-n // max(1, min(n, room, most))) if n else 0
         tiles.insert(0, [slice(i * n // parts, (i + 1) * n // parts) for i in range(parts)])
