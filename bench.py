@@ -1063,6 +1063,7 @@ SHAPES = [
     Shape("3x3, 64 to 64", (8, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
     Shape("3x3, 16 to 16", (16, 16, 64, 64), (16, 16, 3, 3), {"padding": 1}),
     Shape("3x3, 3 to 64", (16, 3, 64, 64), (64, 3, 3, 3), {"padding": 1}),
+    Shape("3x3, 256 to 256, 14 x 14", (8, 256, 14, 14), (256, 256, 3, 3), {"padding": 1}),
     Shape("5x5, 32 to 32", (16, 32, 32, 32), (32, 32, 5, 5), {"padding": 2}),
     Shape("7x7 stride 2, 3 to 64", (2, 3, 224, 224), (64, 3, 7, 7), {"padding": 3, "stride": 2}),
     Shape("3x3 stride 2, 64 to 128", (8, 64, 56, 56), (128, 64, 3, 3),
@@ -1158,14 +1159,17 @@ def measure(shape, repeats, xp=np, coords=False, against_torch=True):
         programs[0].append(run)
         programs[1].append(lambda: torch.autograd.grad(output, tensors, gradient,
                                                        retain_graph=True))
-    macs = w[0].size * (x.size if transposed else dy.size)
+    macs, both = w[0].size * (x.size if transposed else dy.size), 0
     for i, name in enumerate(("forward", "backward")):
         seconds = interleaved(programs[i], repeats, xp)
+        both = both + seconds
         record = {"shape": shape.name + (" CoordConv" if coords else ""), "pass": name,
                   "seconds": seconds[:, 0].tolist(), "flops": 2 * (1 + i) * macs,
                   "error": float(error[i])}
         for j in range(1, len(peer)):
             record["over_" + peer[j]] = float(np.median(seconds[:, 0] / seconds[:, j]))
+            if i:
+                record["both_over_" + peer[j]] = float(np.median(both[:, 0] / both[:, j]))
         if not i and not coords and set(options) <= {"padding"}:
             record["over_scipy"] = float(np.median(seconds[:, 0]) / scipy_seconds(x, w, options))
         yield record
@@ -1235,11 +1239,14 @@ def ops(repeats, xp):
                 say("")
                 print(line(record, peak), flush=True)
                 records.append(record)
-    print("\ngeometric means over forward and backward:")
-    for key, text in (("over_torch", "time over torch"), ("over_conv", "CoordConv over conv")):
-        ratios = [r[key] for r in records if key in r]
+    print("\nforward plus backward, geometric mean of the shapes:")
+    for peer, text in (("torch", "time over torch"), ("conv", "CoordConv over conv")):
+        key = "both_over_" + peer
+        ratios = {r["shape"]: r[key] for r in records if key in r}
         if ratios:
-            print(f"    {text:22} {geometric_mean(ratios):.2f}, worst {max(ratios):.2f}")
+            worst = max(ratios, key=ratios.get)
+            print(f"    {text:22} {geometric_mean(list(ratios.values())):.2f}, "
+                  f"worst {ratios[worst]:.2f} ({worst})")
     sweeps = list(sweep_records(repeats, xp))
     say("")
     print("\npicoseconds per multiply-add, forward and backward, 3x3 kernels")
