@@ -477,7 +477,8 @@ def _spatial(fn, x, rank=None, name="x"):
 # _correlate is the formula, _correlate_dx its transpose by x, _correlate_dw its transpose by w.
 # A transposed convolution is _correlate_dx run forward; its gradients are the other two.
 # Each is a batch of products with columns, matrices that hold at [(c, k), o] the pixel that tap k
-# of output o reads: w @ columns, the same with the mirrored kernel, and columns @ dy.T.
+# of output o reads: w @ columns, the same with the mirrored kernel, and columns @ dy.T. Each
+# returns its plan, for _run: blocks of work, and what makes one array of their results.
 
 class _Geometry(NamedTuple):
     """What a convolution does to the spatial axes; one entry of each tuple per axis."""
