@@ -479,6 +479,12 @@ def _spatial(fn, x, rank=None, name="x"):
 # Each is a batch of products with columns, matrices that hold at [(c, k), o] the pixel that tap k
 # of output o reads: w @ columns, the same with the mirrored kernel, and columns @ dy.T. Each
 # returns its plan, for _run: blocks of work, and what makes one array of their results.
+#
+# Decided on numbers (one core, float32, 2026-11-24): no Winograd. F(2x2, 3x3) in NumPy took 1.4 of
+# the time of the columns for 32 to 32 filters on 64 x 64 pixels, 0.9 for 64 on 56 x 56, 0.65 for
+# 128 on 28 x 28 and 256 on 14 x 14. It would serve one kernel at stride 1, forward and for dx, and
+# a NaN or an infinity spreads to the tile around it, so that it would stand beside the columns
+# and not in their place.
 
 class _Geometry(NamedTuple):
     """What a convolution does to the spatial axes; one entry of each tuple per axis."""
