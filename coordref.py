@@ -616,7 +616,7 @@ def _core():
 
 
 @contextlib.contextmanager
-def _apart(threads):
+def _apart(threads, apart):
     """Keep this thread where it runs, and the other threads off its core. Linux wakes a thread
     beside the one that woke it, and leaves both on one core for milliseconds while the next is
     idle: 16 to 16 filters of 3x3 took 4.8 ms after a pause, and 2.8 ms apart (2026-11-24)."""
@@ -624,12 +624,12 @@ def _apart(threads):
     if len(threads) >= len(cores):
         yield
         return
-    here = {_core()()}
+    here = {_core()()} if apart else set()
     try:
         for thread in (t for t, told in threads.items() if told != cores - here):
             os.sched_setaffinity(thread, cores - here)
             threads[thread] = cores - here
-        os.sched_setaffinity(0, here)
+        os.sched_setaffinity(0, here or cores)
     except OSError:                             # a system that refuses only costs time
         pass
     try:
@@ -684,13 +684,14 @@ def _in_a_task():
     return getattr(_this_thread, "in_a_task", False)
 
 
-def _spread(xp, task, items):
+def _spread(xp, task, items, apart=True):
     """[task(item) for item in items], on all cores: one thread per core, one BLAS thread in each.
 
     The calling thread is one of them. Items do not depend on the number of threads and results
     keep their order, so that sums are the same on one core. OMP_NUM_THREADS sets the number. A
     task that comes here in its turn does its own items one by one, and so does another thread of
-    the program while the team is at work.
+    the program while the team is at work. Tasks that run code of the user are not kept apart, as
+    threads that it starts would inherit the cores.
     """
     results, queue, workers = [None] * len(items), enumerate(items), 1
     if xp is not np or _in_a_task():
@@ -713,7 +714,7 @@ def _spread(xp, task, items):
         helpers = []
         try:
             pool, threads = _pool(os.getpid(), _cores() - 1)
-            with _apart(threads):
+            with _apart(threads, apart):
                 helpers = [pool.submit(work) for _ in range(workers - 1)]
                 work()                  # this thread is one of the team
         finally:
@@ -2391,7 +2392,7 @@ def _sum_of_shards(work, shards, vector, all_reduce, rank, ranks):
     Each shard has a row of its own, a vector of a length and dtype, to which all processes but
     one add zeros: their sum is exact."""
     xp, (length, dtype) = _xp(shards[0]), vector
-    parts = _spread(xp, work, shards[rank::ranks])
+    parts = _spread(xp, work, shards[rank::ranks], apart=False)
     if all_reduce is not None:
         rows = xp.zeros((len(shards), length), dtype)
         for i, part in enumerate(parts):
@@ -2703,7 +2704,8 @@ def evaluate(net: Net, data: Dataset, *, task: str, part: str = "test", scale: s
             return (painted & wanted).sum(axis=1) / (painted | wanted).sum(axis=1)
         error = (y - target) * (1 if scale == "pixel" else data.canvas)
         return xp.sqrt((error ** 2).sum(axis=1))
-    return float(xp.concatenate(_spread(xp, score, range(0, len(points), _SHARD))).mean())
+    scores = _spread(xp, score, range(0, len(points), _SHARD), apart=False)
+    return float(xp.concatenate(scores).mean())
 
 
 _FORMAT = "CoordConv network 2"

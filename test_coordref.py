@@ -923,9 +923,9 @@ def test_an_error_in_a_thread_reaches_the_caller_and_frees_the_team(bad, monkeyp
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
                     reason="threads cannot be kept to cores, or there is but one")
-@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("apart, refused", [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("bad", [(), (1, 5)])
-def test_threads_are_kept_apart_and_the_caller_is_set_free_again(bad, refused, monkeypatch):
+def test_threads_are_kept_apart_and_the_caller_is_set_free_again(bad, apart, refused, monkeypatch):
     def refuse(*args):
         raise PermissionError
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -942,10 +942,11 @@ def test_threads_are_kept_apart_and_the_caller_is_set_free_again(bad, refused, m
     if refused:
         monkeypatch.setattr(os, "sched_setaffinity", refuse)
     with pytest.raises(ArithmeticError) if bad else contextlib.nullcontext():
-        coordref._spread(np, task, range(8))
+        coordref._spread(np, task, range(8), apart)
     assert os.sched_getaffinity(0) == cores
     (here,), (others,) = seen[True], seen[False]
-    assert refused or len(here) == 1 and others == cores - here
+    if not refused:
+        assert len(here) == 1 and others == cores - here if apart else here == others == cores
 
 
 def test_the_number_of_threads_does_not_change_a_bit(monkeypatch):
