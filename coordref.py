@@ -788,12 +788,6 @@ def _empty(xp, shape, dtype, last):
     return xp.empty(shape, dtype)
 
 
-def _divisor(n, most):
-    """The largest divisor of n up to most, or n itself where that is less than _SHORT."""
-    found = next((i for i in range(min(most, n), 0, -1) if n % i == 0), n)
-    return found if found >= _SHORT else n
-
-
 def _planes(geo, *arrays):
     """The geometry and arrays (N, C, *size) with at least two spatial axes."""
     if len(geo.out) > 1:
@@ -897,13 +891,21 @@ def _product(w, columns, y):
                   out=y.reshape(*y.shape[:-2], F // part, part, y.shape[-1]))
 
 
+def _pieces(columns, most):
+    """columns (..., taps, points) as (..., pieces, taps, points of a piece): the longest pieces of
+    equal length up to most, or one where these would be short."""
+    *outer, K, points = columns.shape
+    run = next(i for i in range(min(most, points), 0, -1) if points % i == 0)
+    run = run if run >= _SHORT else points
+    return columns.reshape(*outer, K, points // run, run).swapaxes(-2, -3)
+
+
 def _sum_products(w, columns, y):
-    """y = w @ columns summed over the rows of the kernel, whose columns are (..., KH, taps, points
-    of an image), in pieces of up to 128 points."""
-    *outer, KH, K, points = columns.shape
-    run = _divisor(points, 128)
-    columns = columns.reshape(*outer, KH, K, points // run, run).swapaxes(-2, -3)
-    y = y.reshape(*outer, points // run, run, y.shape[-1])
+    """y = w @ columns summed over the rows of the kernel: columns (..., KH, taps, points of an
+    image)."""
+    columns = _pieces(columns, 128)
+    *outer, KH, pieces, K, run = columns.shape
+    y = y.reshape(*outer, pieces, run, y.shape[-1])
     part = _xp(y).empty_like(y) if KH > 1 else None
     for k in range(KH):
         _product(w[:, :, k * K:(k + 1) * K], columns[..., k, :, :, :], part if k else y)
@@ -1025,12 +1027,10 @@ def _correlate_dw(dy, x, geo, shape):
         dw = xp.zeros((G, K, F), dy.dtype)
         for block in blocks:
             columns = _columns(x, geo, block, "points" if merge else "images")
-            part = _points(dy[_at(block)], G)
-            *outer, KH, taps, points = columns.shape
-            most = 10 ** 6 // max(1, taps * F)
-            run = _divisor(points, most if 128 <= most < 512 else 512)
-            columns = columns.reshape(*outer, KH, taps, points // run, run).swapaxes(-2, -3)
-            part = columns @ part.reshape(*outer, 1, points // run, run, F)
+            most = 10 ** 6 // max(1, columns.shape[-2] * F)
+            columns = _pieces(columns, most if 128 <= most < 512 else 512)
+            *outer, _, pieces, _, run = columns.shape
+            part = columns @ _points(dy[_at(block)], G).reshape(*outer, 1, pieces, run, F)
             dw += part.sum(axis=(*range(1, len(outer)), -3)).reshape(G, K, F)
         return dw
     shared = 1 if merge or geo.stride[-2] > 1 else geo.kernel[-2]
