@@ -89,7 +89,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -117,7 +117,7 @@ Array = Any
 Size = Sequence[int]
 PerAxis = int | Sequence[int]
 Padding = int | str | Sequence[int | Sequence[int]]
-Seed = np.random.Generator | int | None
+Seed: TypeAlias = "np.random.Generator | int | None"     # numpy.random loads when it is used
 Path = str | os.PathLike[str]
 
 
@@ -261,7 +261,7 @@ def _module(fn, xp):
     return xp
 
 
-def _generator(fn: str, rng: Seed) -> np.random.Generator:
+def _generator(fn: str, rng: Seed) -> "np.random.Generator":
     """A Generator, a seed or None as a Generator; draws are made on the host, so that a CPU and
     a GPU start from the same bits."""
     if isinstance(rng, np.random.Generator):

@@ -1849,6 +1849,15 @@ def test_only_numpy_is_imported_at_the_top():
     assert imported - set(sys.stdlib_module_names) == {"numpy"}
 
 
+def test_import_loads_no_more_than_numpy_does():
+    """Of the packages and their parts that take long: numpy.random alone takes ten milliseconds."""
+    late = ["numpy.random", "scipy", "cupy", "matplotlib", "torch", "mpi4py", "concurrent.futures"]
+    code = ("import sys, numpy\nbefore = set(sys.modules)\nimport coordref\n"
+            f"print([name for name in {late} if name in set(sys.modules) - before])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done
+
+
 def test_doctests():
     failed, tried = doctest.testmod(coordref)
     assert failed == 0 and tried > 15
