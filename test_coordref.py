@@ -1850,7 +1850,7 @@ def test_only_numpy_is_imported_at_the_top():
 
 
 def test_import_loads_no_more_than_numpy_does():
-    """Of the packages and their parts that take long: numpy.random alone takes ten milliseconds."""
+    """Of what takes long: numpy.random alone takes ten milliseconds."""
     late = ["numpy.random", "scipy", "cupy", "matplotlib", "torch", "mpi4py", "concurrent.futures"]
     code = ("import sys, numpy\nbefore = set(sys.modules)\nimport coordref\n"
             f"print([name for name in {late} if name in set(sys.modules) - before])")
