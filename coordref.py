@@ -693,9 +693,9 @@ def _spread(xp, task, items, apart=True):
     the program while the team is at work. Tasks that run code of the user are not kept apart, as
     threads that it starts would inherit the cores.
     """
-    results, queue, workers = [None] * len(items), enumerate(items), 1
     if xp is not np or _in_a_task():
         return [task(item) for item in items]
+    results, queue, workers = [None] * len(items), enumerate(items), 1
     if len(items) > 1 and not _one_team.locked():
         _keep_memory()
         workers = min(_cores(), len(items))
