@@ -1,1652 +1,1128 @@
 # SPDX-License-Identifier: MIT
-"""The dispute about CoordConv as a table of verdicts, then speeds against peers.
+"""The dispute about CoordConv, claim by claim, and the speed of coordref.
 
-    python bench.py             every row with three seeds, under two minutes on two cores
-    python bench.py --quick     shorter trainings and one seed, under 20 seconds
-    python bench.py --full      the published lengths, hours; goes on where it was stopped
-    python bench.py --list      the rows
+    python bench.py             every claim on three seeds, under two minutes on two cores
+    python bench.py --quick     the same rows in 15 seconds: long trainings are cut, not judged
+    python bench.py --full      the published lengths; what figures/full.jsonl has is not run again
     python bench.py ops         the speed of convolution by shape and by size, against peers
 
-Each row runs one claim of the paper (Liu et al. 2018, arXiv 1807.03247), of its critic
-(Piekniewski 2018), of the article that reported both (QbitAI 2018) or of this project, and says
-what was measured here and what the evidence says of the claim. A row marked as a check is a
-promise of coordref itself: the exit status is 1 where one fails. Nothing is downloaded; all data
-are drawn here.
-
-Contents: measuring; the critic; the paper's tasks; a residual network; the rows and their
-verdicts; speed; figures; the command.
+Experiments make runs, a run is what one experiment found for one seed, and rows judge runs. A row
+is a claim of the paper (Liu et al. 2018, arXiv 1807.03247), of its critic (Piekniewski 2018), of
+the article that reported both (QbitAI 2018) or of coordref; it holds, holds in part, or fails.
+Recipes were chosen on seeds 0 to 4, and the seeds shown chose nothing. Where the outcome depends
+on the seed the median decides, and the worst stands in brackets behind it. Seconds are those of
+one core. Networks are tested on every fourth test position, in --full on all.
 """
 
+import os
+
+os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")    # a process a core: run_all
+
 import argparse
+import collections
 import concurrent.futures
-import contextlib
-import functools
-import glob
+import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import math
 import multiprocessing
-import os
 import platform
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from functools import partial
+from statistics import fmean, geometric_mean, median
+from typing import Any, NamedTuple
 
 import numpy as np
-import scipy
-import scipy.signal
 
 import coordref as cr
 
-# MEASURING ---------------------------------------------------------------------------------------
-
-OURS = {"painter": 60, "centre": 60, "tail": 200, "regressor": 120}     # steps of our recipes
-MODES = {       # thin: every how manieth test position; patience: see Experiment; others: lengths
-    "quick": {"seeds": [0], "patience": 0.2, "he": {"steps": 6}, "render": {"steps": 2},
-              "regress": {"steps": 2}, "resnet": 3, "images": 512, "points": 2, "repeats": 2,
-              "thin": {"classification": 6, "rendering": 12, "regression": 6},
-              **OURS, "centre": 20, "torch": False},
-    "default": {"seeds": [0, 1, 2], "patience": 10, "he": {"steps": 24}, "render": {"steps": 4},
-                "regress": {"steps": 20}, "resnet": 32, "images": 2048, "points": 4, "repeats": 3,
-                "thin": {"rendering": 6, "he": 3}, **OURS, "torch": True},
-    "full": {"seeds": list(range(10)), "patience": None, "he": {"epochs": 50},
-             "render": {"epochs": 50}, "regress": {"epochs": 100, "batch_size": 256},
-             "resnet": 1000, "images": 2 ** 14, "points": 50, "repeats": 9, "thin": {}, **OURS,
-             "torch": True},
-}
-
-
-def say(text=""):
-    """A line of progress on a terminal, which the next one replaces."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def synchronise(xp):
-    if xp is not np:
-        xp.cuda.get_current_stream().synchronize()
-
-
-def timed(run, xp=np):
-    synchronise(xp)
-    start = time.perf_counter()
-    result = run()
-    synchronise(xp)
-    return result, time.perf_counter() - start
-
-
-def parameters(net):
-    return sum(p.size for layer in net for p in layer.params if p is not None)
-
-
-def write_json(path, content):
-    """Whole or not at all: beside the old file first, then in its place."""
-    part = f"{path}.part"
-    with open(part, "w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+HERE = os.path.dirname(os.path.abspath(__file__))
+KEPT = os.path.join(HERE, "bench-runs.jsonl")           # runs of a table that is not complete
+WORK = os.path.join(HERE, "bench-full")                 # states of the published lengths
+FULL = os.path.join(HERE, "figures", "full.jsonl")      # their runs
+SPLITS = ("uniform", "quadrant")
+MISSING = [name for name in ("torch", "matplotlib") if not importlib.util.find_spec(name)]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+with open(cr.__file__, "rb") as _module, open(__file__, "rb") as _this:
+    STAMP = hashlib.sha256(_module.read() + _this.read()).hexdigest()[:16]
 
 
 class Experiment(NamedTuple):
-    """run(lab, seed) makes one run and returns what it found, its score among it.
-
-    rival : the experiment that a baseline is compared with. A baseline has one seed and, unless
-        the published lengths are asked for, trains some times as long as its rival took to reach
-        its goal
-    seeded : False for what is the same every time
-    """
-    run: Callable
-    rival: str | None = None
-    seeded: bool = True
-
-
-def reached(name):
-    """The test that a score of an experiment has to pass."""
-    return {"classification": lambda s: s == 1, "rendering": lambda s: s > 0.99,
-            "regression": lambda s: s < 0.5}[name.split("/")[0]]
-
-
-def first_time(record, test):
-    """Seconds of training until the score passed a test, or all of them where it never did."""
-    return next((spent for spent, _, score in record["curve"] if test(score)),
-                record["seconds"][0])
-
-
-class Lab:
-    """One run: a training under the clock, its curve and its progress, and what is found."""
-
-    def __init__(self, name, seed, settings, limit=None, checkpoint=None, xp=np,
-                 tell=lambda *progress: None):
-        self.settings, self.xp, self.limit, self.tell = settings, xp, limit, tell
-        self.checkpoint = checkpoint
-        self.record = {"experiment": name, "seed": seed, "seconds": [0.0], "curve": [],
-                       "steps": 0}
-
-    def data(self, split):
-        data, kinds = cr.not_so_clevr(split), self.record["experiment"].split("/")
-        return data._replace(test=data.test[::max(self.settings["thin"].get(kind, 1)
-                                                  for kind in kinds)])
-
-    def few(self, data):
-        """A part of the test set, on which the points of a curve are scored."""
-        return data._replace(test=data.test[::16 if self.settings["patience"] else 1])
-
-    def watch(self, steps, per_epoch, score=None, keep=lambda: None):
-        """A callback that times a training without its tests, keeps its curve as [seconds, steps,
-        score], tells its progress, and ends it at the time limit where there is one."""
-        record, limit = self.record, self.limit
-        before, steps_before, curve = record["seconds"][0], record["steps"], record["curve"]
-        start, paused = time.perf_counter(), 0.0
-
-        def callback(step, net, loss):
-            nonlocal before, paused
-            if step > 1 and record["steps"] == steps_before:    # goes on from its checkpoint
-                curve[:] = [point for point in curve if point[1] < step]
-                before = curve[-1][0] if curve else 0.0
-            spent = time.perf_counter() - start - paused
-            done = spent / limit if limit else step / steps
-            if score and done >= (len(curve) + 1) / self.settings["points"]:
-                synchronise(self.xp)
-                spent = time.perf_counter() - start - paused
-                value, pause = timed(lambda: score(net))
-                curve.append([before + spent, steps_before + step, value])
-                keep()
-                paused += pause
-            record["seconds"], record["steps"] = [before + spent], steps_before + step
-            self.tell(min(done, 1), f"epoch {step / per_epoch:.1f}"
-                      + (f", {curve[-1][2]:.3f}" if curve else ""))
-            return limit is not None and spent >= limit
-        return callback
-
-    def train(self, net, data, task, score="test", **options):
-        """cr.train under watch; score may be another function of the network, or None. A training
-        of an hour goes on from its last checkpoint."""
-        if score == "test":
-            def score(net):
-                return cr.evaluate(net, self.few(data), task=task)
-        per_epoch = -(-len(data.train) // options.get("batch_size", 16))
-        steps = options.get("steps") or options["epochs"] * per_epoch
-        kept = f"{self.checkpoint}.json" if self.checkpoint and steps >= 500 else None
-        if kept:
-            options.update(checkpoint=self.checkpoint, checkpoint_every=-(-steps // 100))
-            if os.path.exists(kept):
-                with open(kept) as file:
-                    self.record["curve"] = json.load(file)
-
-        def keep():
-            if kept:
-                write_json(kept, self.record["curve"])
-        return cr.train(net, data, task=task, callback=self.watch(steps, per_epoch, score, keep),
-                        **options)[0]
-
-    def scored(self, score):
-        return score()
-
-    def finish(self, net, data, task):
-        """What a record says of a trained network; of the first seed also the positions."""
-        found = {"weights": parameters(net), "tested": len(data.test),
-                 "score": self.scored(lambda: cr.evaluate(net, data, task=task))}
-        if task != "rendering" and self.record["seed"] == self.settings["seeds"][0]:
-            found["predicted"] = predictions(net, data, task, self.xp).round(2).tolist()
-        return found
-
-
-class Rehearsal(Lab):
-    """Makes three steps of each training to estimate what all of them take."""
-
-    def watch(self, steps, per_epoch, score=None, keep=None):
-        times = []
-
-        def callback(step, net, loss):
-            synchronise(self.xp)
-            times.append(time.perf_counter())
-            if step == min(3, steps):
-                self.record["seconds"][0] += (times[-1] - times[0]) / max(step - 1, 1) * steps
-            return step == 3
-        return callback
-
-    def scored(self, score):
-        return 0.0
-
-    def finish(self, net, data, task):
-        return {}
-
-
-def make_run(name, seed, settings, limit=None, checkpoint=None, xp=np, kind=Lab):
-    """The record of one run of an experiment."""
-    lab = kind(name, seed, settings, limit, checkpoint, xp, functools.partial(tell, name, seed))
-    found = EXPERIMENTS[name].run(lab, seed)
-    return {**lab.record, **found}
-
-
-WORKER = {}         # what a process that makes runs for another shares with it
-
-
-def start_worker(queue, stop, parent):
-    """Ctrl-C is for the process that gave the work, which tells this one by stop. Where that is
-    gone, killed perhaps, nobody waits for this one any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    WORKER.update(queue=queue, next=0.0)
-
-    def end():
-        while os.getppid() == parent and not stop.is_set():
-            time.sleep(0.1)
-        os._exit(1)
-    threading.Thread(target=end, daemon=True).start()
-
-
-def tell(name, seed, done, text):
-    """Pass on how far a run is, now and then."""
-    if not WORKER:
-        say(f"{name}, seed {seed}: {100 * done:.0f} %, {text}")
-    elif time.perf_counter() > WORKER["next"]:
-        WORKER["queue"].put((name, seed, done, text))
-        WORKER["next"] = time.perf_counter() + 0.2
-
-
-@contextlib.contextmanager
-def one_core():
-    """OMP_NUM_THREADS=1 for what runs or is started meanwhile."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-class Runs:
-    """The records of all runs by name and seed, and how to make those that are missing: one run
-    on each core at a time, as most of these networks are too small for more cores to pay."""
-
-    def __init__(self, settings, xp=np, records=(), path=None):
-        self.settings, self.xp, self.path = settings, xp, path
-        self.records = {(r["experiment"], r["seed"]): r for r in records}
-        self.workers = min(8, cores()) if xp is np else 1
-        self.costs, self.progress = {}, {}      # estimated seconds of a run; share done and text
-
-    def seeds(self, name):
-        seeds = self.settings["seeds"] if EXPERIMENTS[name].seeded else [None]
-        return seeds[:1] if EXPERIMENTS[name].rival else seeds
-
-    def jobs(self, names):
-        return [(name, seed) for name in names for seed in self.seeds(name)]
-
-    def have(self, names):
-        return all(job in self.records for job in self.jobs(names))
-
-    def of(self, name):
-        return [self.records[job] for job in self.jobs([name])]
-
-    def arguments(self, name, seed):
-        """What make_run wants for a job, or None while its rival's time is not known."""
-        rival, limit, checkpoint = EXPERIMENTS[name].rival, None, None
-        if rival and self.settings["patience"]:
-            if not self.have([rival]):
-                return None
-            limit = self.settings["patience"] * float(np.median(
-                [first_time(r, reached(rival)) for r in self.of(rival)]))
-        if not self.settings["patience"]:
-            checkpoint = f"{self.path}.{re.sub(r'[^a-z0-9]+', '-', name)}-{seed}.npz"
-        return name, seed, self.settings, limit, checkpoint
-
-    def estimate(self, names):
-        """Seconds until what is missing will have been made."""
-        with one_core() if self.workers > 1 else contextlib.nullcontext():
-            for name, seed in self.jobs(names):         # a rival stands before its baseline
-                rival, patience = EXPERIMENTS[name].rival, self.settings["patience"]
-                if ((name, seed) in self.records or name in self.costs
-                        or not EXPERIMENTS[name].seeded):
-                    continue
-                say(f"estimating the time of {name}")
-                self.costs[name] = (
-                    patience * self.costs[rival] if rival and patience else make_run(
-                        name, seed, self.settings, xp=self.xp, kind=Rehearsal)["seconds"][0])
-        return self.left(self.jobs(names))
-
-    def left(self, jobs):
-        return sum(self.costs.get(job[0], 0) * (1 - self.progress.get(job, (0,))[0])
-                   for job in jobs if job not in self.records) / self.workers
-
-    def show(self, jobs, rows):
-        """The bar: how much is done, where the runs at work stand, and the time left."""
-        made = sum(job in self.records for job in jobs)
-        say(f"[{'#' * (20 * made // len(jobs)):.<20}] " + "; ".join(
-            f"{rows[name]} seed {seed} {text}" for (name, seed), (_, text) in
-            self.progress.items()) + (f"  {duration(self.left(jobs))} left" if self.costs else ""))
-
-    def add(self, job, record):
-        self.records[job] = record
-        self.progress.pop(job, None)
-        for file in glob.glob(glob.escape(f"{self.arguments(*job)[-1]}") + "*"):
-            os.unlink(file)
-
-    def make(self, names, rows):
-        """Make the missing runs of these experiments, and yield whenever one is there."""
-        jobs = self.jobs(names)
-        waiting = [job for job in jobs if job not in self.records]
-        alone = [job for job in waiting if self.workers == 1 or job[0].startswith("speed")]
-        waiting = [job for job in waiting if job not in alone]
-        if waiting:
-            context = multiprocessing.get_context("spawn")
-            queue, stop, active = context.SimpleQueue(), context.Event(), {}
-            with one_core():
-                pool = concurrent.futures.ProcessPoolExecutor(
-                    self.workers, context, start_worker, (queue, stop, os.getpid()))
-                try:
-                    while waiting or active:
-                        ready = [job for job in waiting if self.arguments(*job)]
-                        for job in ready[:self.workers - len(active)]:
-                            waiting.remove(job)
-                            self.progress[job] = 0.0, ""
-                            active[pool.submit(make_run, *self.arguments(*job))] = job
-                        done, _ = concurrent.futures.wait(
-                            active, 0.2, concurrent.futures.FIRST_COMPLETED)
-                        for future in done:
-                            self.add(active.pop(future), future.result())
-                        while not queue.empty():
-                            name, seed, share, text = queue.get()
-                            if (name, seed) in self.progress:
-                                self.progress[name, seed] = share, text
-                        self.show(jobs, rows)
-                        if done:
-                            yield
-                except BaseException:
-                    stop.set()
-                    raise
-                finally:
-                    pool.shutdown(cancel_futures=True)
-        for job in alone:
-            self.add(job, make_run(*self.arguments(*job), self.xp))
-            yield
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def duration(seconds):
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else (
-        f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s")
-
-
-def predictions(net, data, task, xp):
-    """The positions (row, col) that a network gives for the test positions."""
-    told = []
-    for coords in np.array_split(data.coords[data.test], -(-len(data.test) // 16)):
-        if task == "regression":
-            x = cr.encode(coords, (data.canvas,) * 2)
-            told.append(cr.to_numpy(cr.forward(net, xp.asarray(x))[0]) * data.canvas)
-        else:
-            x = (2 * coords - (data.canvas - 1)) / (data.canvas - 1)
-            y = cr.forward(net, xp.asarray(x.astype(np.float32)[:, :, None, None]))[0]
-            best = cr.to_numpy(y.reshape(len(y), -1).argmax(axis=1))
-            told.append(np.stack(np.unravel_index(best, y.shape[2:]), axis=1))
-    return np.concatenate(told)
+    run: Any                # run(seed, xp, **recipe) returns a dict that JSON can hold
+    recipe: Any
+    seeds: Any = None       # its own; or how many of those asked for, None for all
+    cut: Any = None         # what --quick changes in the recipe; no verdict survives that
+    package: str = ""       # what it needs beyond NumPy and SciPy
+    alone: bool = False     # nothing else may run meanwhile
 
 
 # THE CRITIC --------------------------------------------------------------------------------------
 
+SIZES = (70, 100), (64, 64), (33, 2), (1, 9), (5, 1)
+
+
 def listing(image):
-    """The critic's listing for one image (H, W), convolutions by scipy: (row, col)."""
-    H, W = image.shape
-    col, row = np.meshgrid(np.arange(W, dtype=image.dtype), np.arange(H, dtype=image.dtype))
+    """The critic's listing for one image (H, W), its convolutions by scipy: [row, col]."""
+    from scipy.signal import convolve2d         # 0.3 s that few processes need to spend
+
     centre = np.zeros((3, 3), image.dtype)
     centre[1, 1] = 1
-    found = []
-    for size, coordinate in ((H, row), (W, col)):
-        z = (scipy.signal.convolve2d(image, size * centre, mode="same")
-             + scipy.signal.convolve2d(coordinate, -centre, mode="same"))
-        found.append(float(size - np.maximum(z, 0).sum()))
-    return found
+    return [float(size - np.maximum(convolve2d(image, size * centre, mode="same") + convolve2d(
+        coordinate.astype(image.dtype), -centre, mode="same"), 0).sum())
+            for size, coordinate in zip(image.shape, np.indices(image.shape))]
 
 
-def both_ways(lab, seed):
-    """Positions of which decoder and encoder are not exact, as networks and as closed forms."""
-    record = {"positions": 0, "decoder_wrong": 0, "encoder_wrong": 0}
-    for size in ((70, 100), (64, 64), (1, 9), (5, 1)):
-        where = np.array(list(np.ndindex(*size)))
-        decoder, encoder = (f(size, xp=lab.xp) for f in (cr.decoder_network, cr.encoder_network))
-        record["encoder_weights"] = parameters(encoder)
-        for part in np.array_split(where, -(-len(where) // 256)):
-            images = np.zeros((len(part), 1, *size), np.float32)
-            images[(np.arange(len(part)), 0, *part.T)] = 1
-            coords, hot = lab.xp.asarray(part.astype(np.float32)), lab.xp.asarray(images)
-            read = [cr.decode(hot), cr.forward(decoder, hot)[0]]
-            drawn = [cr.encode(coords, size), cr.forward(encoder, coords[:, :, None, None])[0]]
-            record["positions"] += len(part)
-            for key, found, wanted in (("decoder_wrong", read, part),
-                                       ("encoder_wrong", drawn, images)):
-                wrong = [(cr.to_numpy(a) != wanted).reshape(len(part), -1).any(axis=1)
-                         for a in found]
-                record[key] += int((wrong[0] | wrong[1]).sum())
-    return {**record, "score": 1 - (record["decoder_wrong"] + record["encoder_wrong"])
-            / (2 * record["positions"])}
+def wired(seed, xp):
+    """At how many positions the hand-wired networks, and their closed forms, are right: reading a
+    one-hot image, and drawing it."""
+    positions, read, drawn = 0, [], []
+    for H, W in SIZES:
+        reader, drawer = cr.decoder_network((H, W), xp=xp), cr.encoder_network((H, W), xp=xp)
+        for row in range(H):
+            positions, image = positions + W, np.zeros((W, 1, H, W), np.float32)
+            image[range(W), 0, row, range(W)] = 1
+            at = np.stack([np.full(W, row), np.arange(W)], axis=1).astype(np.float32)
+            image, at = xp.asarray(image), xp.asarray(at)
+            read += [(a == at).all() for a in (cr.decode(image), cr.forward(reader, image)[0])]
+            drawn += [(a == image).all() for a in (
+                cr.encode(at, (H, W)), cr.forward(drawer, at[:, :, None, None])[0])]
+    return {"positions": positions, "read": bool(all(read)), "drawn": bool(all(drawn))}
 
 
-def odd_images(lab, seed):
-    """What the decoder and the listing give for images that are not one-hot, and at the corner."""
-    H, W = 70, 100
-    images = np.zeros((4, 1, H, W), np.float32)
-    images[0, 0, 10, 20] = images[0, 0, 30, 70] = 1
+def listed(seed, xp):
+    """The listing, and decoder_network, for: two pixels, half a pixel, none, the last, the first;
+    and the last position that the listing's own test draws."""
+    images = np.zeros((5, 1, 70, 100), np.float32)
+    images[0, 0, 10, 20] = images[0, 0, 30, 70] = images[3, 0, 69, 99] = images[4, 0, 0, 0] = 1
     images[1, 0, 10, 20] = 0.5
-    images[3, 0, H - 1, W - 1] = 1
-    net = cr.decoder_network((H, W), xp=lab.xp)
-    by_network = cr.to_numpy(cr.forward(net, lab.xp.asarray(images))[0]).tolist()
-    by_listing = [listing(image[0]) for image in images]
-    return {"network": by_network, "listing": by_listing,
-            "score": float(by_network == by_listing)}
-
-
-def own_test(lab, seed):
-    """The largest positions that the listing's own test draws: randint has an exclusive end."""
-    H, W, draws = 70, 100, 10 ** 6
+    read, _ = cr.forward(cr.decoder_network((70, 100), xp=xp), xp.asarray(images))
     rng = np.random.RandomState(0)
-    return {"draws": draws, "row": int(rng.randint(0, H - 1, draws).max()),
-            "col": int(rng.randint(0, W - 1, draws).max()), "score": 1.0}
+    return {"listing": [listing(image[0]) for image in images],
+            "network": cr.to_numpy(read).tolist(),
+            "last": [int(rng.randint(0, n - 1, 10 ** 6).max()) for n in (70, 100)]}
 
 
-def as_feature(lab, seed):
-    """coord_conv and its gradients against a convolution of an image with two more channels."""
+def as_feature(seed, xp):
+    """The largest error of coord_conv and its gradients against conv after add_coords."""
     rng, errors = np.random.default_rng(0), []
-    for size in ((9, 14), (32, 21), (5, 6, 7), (40,)):
-        K = len(size)
-        x = rng.standard_normal((3, 4, *size))
-        w = rng.standard_normal((5, 4 + K, *(3,) * K))
-        x, w = lab.xp.asarray(x), lab.xp.asarray(w)
-        y = cr.coord_conv(x, w, padding=1)
-        channels = cr.add_coords(x)
-        dx, dw, _ = cr.conv_backward(y, channels, w, padding=1)
-        pairs = zip((y, *cr.coord_conv_backward(y, x, w, padding=1)[:2]),
-                    (cr.conv(channels, w, padding=1), cr.add_coords_backward(dx, x), dw))
-        errors += [float(abs(a - b).max() / abs(b).max()) for a, b in pairs]
+    for size in ((40,), (9, 14), (5, 6, 7)):
+        shapes = (3, 4, *size), (5, 4 + len(size), *(3,) * len(size)), (5,), (3, 5, *size)
+        x, w, b, dy = (xp.asarray(rng.standard_normal(s)) for s in shapes)
+        more = cr.add_coords(x)
+        dmore, dw, db = cr.conv_backward(dy, more, w, b, padding=1)
+        wanted = cr.conv(more, w, b, padding=1), cr.add_coords_backward(dmore, x), dw, db
+        found = (cr.coord_conv(x, w, b, padding=1),
+                 *cr.coord_conv_backward(dy, x, w, b, padding=1))
+        errors += [float(abs(a - a_0).max() / abs(a_0).max()) for a, a_0 in zip(found, wanted)]
     return {"score": max(errors)}
 
 
-# THE PAPER'S TASKS -------------------------------------------------------------------------------
+# TRAININGS ---------------------------------------------------------------------------------------
 
-DECONVS = {     # the deconvolution networks of the paper's sweep that stand for it
-    "k2 w1": {"kernel": 2, "width": 1, "learning_rate": 0.005, "l2": 0.0},
-    "k3 w2": {"kernel": 3, "width": 2, "learning_rate": 0.01, "l2": 1e-3},
-    "k2 w2": {"kernel": 2, "width": 2, "learning_rate": 0.01, "l2": 0.0},
-}
-
-
-# Adam with a shorter memory than usual: with beta1 0.9, the paper's beta2 of 0.99 and rate 0.01
-# about one seed in fifty missed some pixels of the quadrant (2026-11-24).
-PAINTER = {"batch_size": 8, "learning_rate": 0.008, "beta1": 0.7, "beta2": 0.95}
+def weights(net):
+    """The number of parameters, those of networks among a layer's options included."""
+    inner = [part for layer in net for part in layer.options.values() if isinstance(part, list)]
+    return sum(p.size for layer in net for p in layer.params) + sum(map(weights, inner))
 
 
-def painted(split, start, lab, seed):
-    """Coordinate classification by CoordConv, from our start or with the paper's settings."""
-    net, data = cr.coordconv_painter(start=start, rng=seed, xp=lab.xp), lab.data(split)
-    options = ({**PAINTER, "steps": lab.settings["painter"]} if start == "relative" else
-               {**lab.settings["he"], "learning_rate": 0.005, "l2": 1e-3})
-    net = lab.train(net, data, "classification", rng=seed, **options)
-    return lab.finish(net, data, "classification")
+def tested(net, data, every, **options):
+    """The score on every so manieth test position."""
+    return cr.evaluate(net, data._replace(test=data.test[::every]), **options)
 
 
-def deconvolved(task, split, setting, lab, seed):
-    """Coordinate classification or rendering by the paper's network without coordinates."""
-    options = dict(DECONVS[setting])
-    net = cr.deconv_painter(kernel=options.pop("kernel"), width=options.pop("width"), rng=seed,
-                            xp=lab.xp)
-    data = lab.data(split)
-    net = lab.train(net, data, task, epochs=1000, rng=seed,
-                    decay="constant" if lab.settings["patience"] else "step", **options)
-    return lab.finish(net, data, task)
+def trained(net, data, seed, *, task, steps, every=4, curve=24, picture=False, **options):
+    """The network after training, and its run: core-seconds without the tests, the score, a curve
+    of [step, core-seconds, score on fewer test positions], perhaps all that a painter paints."""
+    spent, points, start = 0.0, [], time.process_time()
+    for state in cr.train(cr.initial_state(net, seed=seed), data, task=task, steps=steps,
+                          **options):
+        if state.step in {round(steps / 1.6 ** k) for k in range(1, 6)}:
+            spent += time.process_time() - start
+            points.append([state.step, spent, tested(state.net, data, curve, task=task)])
+            start = time.process_time()
+    spent += time.process_time() - start
+    score = tested(state.net, data, every, task=task)
+    return state.net, {"score": score, "seconds": spent, "weights": weights(net),
+                       "curve": [*points, [steps, spent, score]],
+                       **({"picture": pixels(state.net)} if picture else {})}
 
 
-def rendered(split, start, lab, seed):
-    """Rendering by CoordConv. Ours comes in two parts that are then joined: the painter learns the
-    centre, and the convolutions behind its softmax, to which all positions are alike, learn to
-    draw the square around a pixel on a canvas of 20."""
-    net, data = cr.coordconv_renderer(start=start, rng=seed, xp=lab.xp), lab.data(split)
-    if start == "he":
-        net = lab.train(net, data, "rendering", rng=seed, learning_rate=0.005, decay="constant",
-                        **lab.settings["render"])
-        return lab.finish(net, data, "rendering")
-    tail = [layer.op for layer in net].index(cr.softmax) + 1
-    painter = lab.train(net[:tail - 1], data, "classification", score=None, rng=seed,
-                        steps=lab.settings["centre"], **PAINTER)
-    joined = [*painter, net[tail - 1]]
-    pixel = cr.Layer(hot_pixel, [lab.xp.ones(1, np.float32)])
-    squares = lab.train([pixel, *net[tail:]], cr.not_so_clevr(split, canvas=20), "rendering",
-                        score=lambda squares: cr.evaluate(
-                            joined + squares[1:], lab.few(data), task="rendering"),
-                        steps=lab.settings["tail"], batch_size=4, learning_rate=0.01, rng=seed,
-                        scale="pixel")
-    return lab.finish(joined + squares[1:], data, "rendering")
+def painted(seed, xp, *, split, start, square, iou_every, **recipe):
+    """Coordinate to pixel by CoordConv. And to square, in two parts that are then joined: what
+    stands behind the painter's softmax, where all positions are alike, learns to draw the square
+    around a pixel on a canvas of 20."""
+    net, data = cr.coordconv_renderer(start=start, rng=seed, xp=xp), cr.not_so_clevr(split)
+    i = [layer.op for layer in net].index(cr.softmax)
+    painter, found = trained(net[:i], data, seed, task="classification", **recipe)
+    before, behind = time.process_time(), [cr.Layer(hot_pixel), *net[i + 1:]]
+    *_, state = cr.train(cr.initial_state(behind, seed=seed), cr.not_so_clevr(split, canvas=20),
+                         task="rendering", scale="pixel", **square)
+    found["both parts"] = found["seconds"] + time.process_time() - before
+    found["iou"] = tested([*painter, net[i], *state.net[1:]], data, iou_every, task="rendering")
+    return found
 
 
-def hot_pixel(x, peak):
-    """Images on a canvas of 20 with a pixel of peak at x: what a trained painter hands on."""
-    return peak * cr.encode(x[:, :, 0, 0], (20, 20))
+def hot_pixel(x):
+    """One-hot images on a canvas of 20: what a perfect painter's softmax hands on."""
+    return cr.encode(x[:, :, 0, 0], (20, 20), dtype=x.dtype)
 
 
-def hot_pixel_backward(dy, x, peak):
-    return dy, 0 * peak                 # nothing of it is to be trained
+def hot_pixel_backward(dy, x):
+    return dy                                           # nothing before it is trained
 
 
-def salient(net, size, height=3, slope=0.1):
-    """A start for the regressor that is ours: a hot pixel stands out, by height, and the rest of
-    the image is nearly flat, its range slope * height or less; the maximum starts at 1/2.
+def pixels(net):
+    """The pixel, counted row by row, that a painter paints for each position of the data set."""
+    xp, found = cr.array_module(net[0].params[0]), []
+    for at in np.split(((2 * cr.not_so_clevr().coords - 63) / 63).astype(np.float32), 784):
+        y, _ = cr.forward(net, xp.asarray(at[:, :, None, None]))
+        found += y.reshape(len(y), -1).argmax(axis=1).tolist()
+    return found
 
-    The network is linear up to its maximum, so two images show what it does. The first layer's
-    weights for the coordinates become smaller, and the last filters and biases are scaled, sign
-    included."""
-    asarray = functools.partial(cr.array_module(net[0].params[0]).asarray, dtype=np.float32)
-    hot = asarray(cr.encode(np.array([[size // 2, size // 2]]), (size, size)))
-    blank = cr.to_numpy(cr.forward(net[:-1], 0 * hot)[0]).reshape(2, -1)
-    peaks = cr.to_numpy(cr.forward(net[:-1], hot)[0]).reshape(2, -1) - blank
-    peaks = peaks[[0, 1], abs(peaks).argmax(axis=1)]
+
+def deconvolved(seed, xp, *, split, **recipe):
+    """The same by the smallest of the paper's deconvolutions, which learns fastest here."""
+    net = cr.deconv_painter(kernel=2, rng=seed, xp=xp)
+    return trained(net, cr.not_so_clevr(split), seed, **recipe)[1]
+
+
+def regressed(seed, xp, *, split, model, **recipe):
+    """Image to coordinate by CoordConv, from he_normal or a start of ours, or by convolution."""
+    net = (cr.conv_regressor(split, rng=seed, xp=xp) if model == "conv" else
+           cr.coordconv_regressor(rng=seed, xp=xp))
+    return trained(salient(net, 64, xp) if model == "salient" else net, cr.not_so_clevr(split),
+                   seed, task="regression", **recipe)[1]
+
+
+def salient(net, size, xp, height=3, slope=0.1):
+    """A start of ours for the regressor: the hot pixel stands out by height, the rest of the image
+    is nearly flat, with a range of at most slope * height, and the maximum is 1/2.
+
+    The network is linear up to its maximum, so that two images show what it does. The first
+    layer's weights for the coordinates shrink; the last layer is scaled, sign included."""
+    hot = cr.encode(xp.asarray([[size // 2, size // 2]]), (size, size))
+    blank, seen = (cr.to_numpy(cr.forward(net[:-1], x)[0]).reshape(2, -1) for x in (0 * hot, hot))
+    peaks = (seen - blank)[[0, 1], abs(seen - blank).argmax(axis=1)]
     flatter = slope * min(abs(peaks) / np.ptp(blank, axis=1))
-    w, b = net[0].params
-    first = [w * asarray([1, flatter, flatter])[:, None, None], b]
-    w, b = net[-2].params
-    last = [w * asarray(height / peaks)[:, None, None, None], b + 0.5 - height]
-    return [net[0]._replace(params=first), *net[1:-2], net[-2]._replace(params=last), net[-1]]
+    (w, b), (w_last, b_last) = net[0].params, net[-2].params
+    w = w * xp.asarray([[[1]], [[flatter]], [[flatter]]], np.float32)
+    w_last = w_last * xp.asarray((height / peaks)[:, None, None, None], np.float32)
+    return [net[0]._replace(params=[w, b]), *net[1:-2],
+            net[-2]._replace(params=[w_last, b_last + np.float32(0.5 - height)]), net[-1]]
 
 
-def regressed(split, start, lab, seed):
-    """Regression by CoordConv."""
-    net, data = cr.coordconv_regressor(rng=seed, xp=lab.xp), lab.data(split)
-    if start == "salient":
-        net = lab.train(salient(net, data.canvas), data, "regression",
-                        steps=lab.settings["regressor"], batch_size=4, learning_rate=0.008,
-                        beta1=0.5, rng=seed)
-    else:
-        net = lab.train(net, data, "regression", decay="constant", learning_rate=0.01, l2=1e-5,
-                        rng=seed, **lab.settings["regress"])
-    return lab.finish(net, data, "regression")
-
-
-def convolved(split, lab, seed):
-    """Regression by the paper's convolution for a split; at the published length when asked."""
-    net, data = cr.conv_regressor(split, rng=seed, xp=lab.xp), lab.data(split)
-    options = {"epochs": 10 ** 4} if lab.settings["patience"] else lab.settings["regress"]
-    net = lab.train(net, data, "regression", rng=seed, learning_rate=0.001, l2=1e-5,
-                    decay="constant", **options)
-    return lab.finish(net, data, "regression")
-
-
-# A RESIDUAL NETWORK ------------------------------------------------------------------------------
+# THE CONTROL: why ImageNet gained nothing --------------------------------------------------------
 #
-# The article's point is about a residual network on ImageNet. These are such networks, built from
-# coordref's operations: a block is an operation like any other, with its gradient below it.
+# One textured patch lies on an image of zeros, and the class is the quadrant that it lies in, or
+# its texture. A network whose border is out of reach of the patch cannot know where it lies. One
+# with coordinates can, and in part so can one that feels the zero padding (Islam et al. 2020).
 
-BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),
-          152: (3, 8, 36, 3)}
-
-
-def branches(params, stride, norms):
-    """The two networks whose sum a block rectifies: three convolutions with batch norm, and
-    nothing at all, or one of them where the block changes the shape."""
-    layers = [cr.Layer(cr.conv, [w], options) if i % 2 == 0 else
-              cr.Layer(cr.batch_norm, list(w), options)
-              for j, stage in enumerate(({}, {"stride": stride, "padding": 1}, {},
-                                         {"stride": stride})[:len(params) // 3])
-              for i, (w, options) in enumerate(((params[3 * j], stage),
-                                                (params[3 * j + 1:3 * j + 3], norms[j])))]
-    relu = cr.Layer(cr.relu)
-    return [*layers[:2], relu, *layers[2:4], relu, *layers[4:6]], layers[6:]
+TEXTURES = np.sign(np.random.RandomState(1).standard_normal((4, 5, 5)))
+CORNERS = np.array([0, 1, 2, 5, 6, 7])                  # the quadrant of a patch is never in doubt
 
 
-def bottleneck(x, *params, stride=1, norms=({},) * 4):
-    """A block of a residual network (He et al. 2015, arXiv 1512.03385): relu(main(x) + short(x)).
-
-    x : (N, C, H, W) array
-    params : w, scale, shift of a 1x1, a 3x3 and a 1x1 convolution, then those of the 1x1
-        convolution of the shortcut where it has one
-    stride : int, of the 3x3 convolution, where PyTorch has it, and of the shortcut
-    norms : one dict per convolution, the options of its batch_norm
-    """
-    main, short = branches(params, stride, norms)
-    return cr.relu(cr.forward(main, x)[0] + cr.forward(short, x)[0])
+def patches(kind, at, margin, rng):
+    """Images (N, 1, H, H) of a patch of each kind with its corner at (row, col)."""
+    x = np.zeros((len(kind), 1, 12 + 2 * margin, 12 + 2 * margin), np.float32)
+    row, col = (margin + at[:, a, None] + np.arange(5) for a in (0, 1))
+    patch = TEXTURES[kind] * rng.uniform(1, 2, (len(kind), 1, 1))
+    x[np.arange(len(kind))[:, None, None], 0, row[:, :, None], col[:, None, :]] = (
+        patch + 0.4 * rng.standard_normal(patch.shape))
+    return x
 
 
-def bottleneck_backward(dy, x, *params, stride=1, norms=({},) * 4):
-    """Gradient of bottleneck: dx, then one gradient for each of params."""
-    nets = branches(params, stride, norms)
-    (a, kept), (b, kept_short) = (cr.forward(net, x) for net in nets)
-    dy = cr.relu_backward(dy, a + b)
-    dx, grads = cr.backward(nets[0], dy, kept)
-    dshort, more = cr.backward(nets[1], dy, kept_short)
-    return dx + dshort, *(g for layer in grads + more for g in layer if g is not None)
+def quadrant(at):
+    return (at > 3) @ np.array([2, 1])
 
 
-def resnet(depth=50, width=64, *, classes=1000, channels=3, coords=False, rng=None,
-           dtype=np.float32, xp=np):
-    """A residual network: 25,557,032 parameters at depth 50 and width 64.
+def control(seed, xp, *, label, coords, steps, padding="valid", training="anywhere"):
+    """In training patches lie "anywhere"; or, "biased", texture k in quadrant k; or, "shifted",
+    there and then moved around the image. The score is on 64 patches, each at its four mirrored
+    places, so that who is blind to place scores 1/4; after a bias, on those that contradict it."""
+    rng, margin, net = np.random.default_rng(seed), 0 if padding == "same" else 4, []
+    for F, C, k in ((16, 1, 3), (16, 16, 3), (16, 16, 1), (4, 16, 1)):
+        op, K = (cr.coord_conv, 2) if coords and not net else (cr.conv, 0)
+        params = cr.he_normal((F, C + K, k, k), rng=rng, xp=xp), xp.zeros(F, np.float32)
+        net += [cr.Layer(op, params, {"padding": padding}), cr.Layer(cr.relu)]
+    net[-1], start = cr.Layer(cr.mean_pool), time.process_time()
+    w = xp.concatenate([p.ravel() for layer in net for p in layer.params])
+    m, v, at = 0 * w, 0 * w, 0
+    for layer in net:                                   # its params become views of w
+        for i, p in enumerate(layer.params):
+            layer.params[i], at = w[at:at + p.size].reshape(p.shape), at + p.size
+    for step in range(steps):
+        kind, at = rng.integers(0, 4, 16), rng.choice(CORNERS, (16, 2))
+        if training != "anywhere":
+            far = np.stack([kind > 1, kind % 2 > 0], axis=1)
+            at = np.where(far, np.maximum(at, 7 - at), np.minimum(at, 7 - at))
+        if training == "shifted":
+            at = (at + rng.integers(0, 8, at.shape)) % 8
+        target = np.eye(4, dtype=np.float32)[quadrant(at) if label == "quadrant" else kind]
+        z, inputs = cr.forward(net, xp.asarray(patches(kind, at, margin, rng)))
+        dz, _ = cr.softmax_cross_entropy_backward(1.0, z, xp.asarray(target))
+        _, grads = cr.backward(net, dz, inputs)
+        dw = xp.concatenate([dp.ravel() for layer in grads for dp in layer])
+        w[:], m, v = cr.adam_step(w, dw, m, v, step + 1, learning_rate=0.01 * (1 - step / steps))
+    seconds, right = time.process_time() - start, []
+    kind, at = np.arange(64) % 4, rng.choice(CORNERS, (64, 2))
+    for mirror in itertools.product((False, True), repeat=2):
+        there = np.where(mirror, 7 - at, at)
+        x = xp.asarray(patches(kind, there, margin, np.random.default_rng([seed, 1])))
+        told = cr.to_numpy(cr.forward(net, x)[0].argmax(axis=1))
+        asked = (training == "anywhere") | (kind != quadrant(there))
+        right += (told == (quadrant(there) if label == "quadrant" else kind))[asked].tolist()
+    return {"score": fmean(right), "seconds": seconds, "weights": len(w)}
 
-    depth : 14, 26, 50, 101 or 152 layers
-    width : filters of the first convolution
-    coords : puts the paper's extra layer at the bottom, a 1x1 CoordConv with radius, 8 filters
 
-    The last layer is a 1x1 convolution and then the mean, which is the dense layer of the mean.
-    """
-    rng = np.random.default_rng(rng)
+# A RESIDUAL NETWORK, and parameters --------------------------------------------------------------
 
-    def norm(F):
-        return [xp.ones(F, dtype), xp.zeros(F, dtype)]
+def residual(x, main, short):
+    """Two branches added (He et al. 2015, arXiv 1512.03385), to be run, not trained."""
+    return cr.forward(main, x)[0] + cr.forward(short, x)[0]
 
-    def he(*shape):
-        return cr.he_normal(shape, rng=rng, dtype=dtype, xp=xp)
 
-    net, C = [], channels
-    if coords:
-        net, C = [cr.Layer(cr.coord_conv, [he(8, C + 3, 1, 1), xp.zeros(8, dtype)],
-                           {"radius": True})], 8
-    net += [cr.Layer(cr.conv, [he(width, C, 7, 7)], {"stride": 2, "padding": 3}),
-            cr.Layer(cr.batch_norm, norm(width)), cr.Layer(cr.relu),
-            cr.Layer(cr.max_pool, [], {"kernel": 3, "stride": 2, "padding": 1})]
-    C = width
-    for stage, blocks in enumerate(BLOCKS[depth]):
-        inner = width * 2 ** stage
+def resnet_50(rng, xp):
+    """ResNet-50 for 1000 classes. The dense layer is a convolution that the mean follows."""
+    def conv(C, F, k=1, stride=1):
+        w = rng.standard_normal((F, C, k, k), dtype=np.float32) * np.float32((C * k * k) ** -0.5)
+        return [cr.Layer(cr.conv, [xp.asarray(w)], {"stride": stride, "padding": k // 2}),
+                cr.Layer(cr.batch_norm, [xp.ones(F, np.float32), xp.zeros(F, np.float32)])]
+
+    relu, C = cr.Layer(cr.relu), 64
+    net = [*conv(3, C, 7, 2), relu,
+           cr.Layer(cr.max_pool, options={"kernel": 3, "stride": 2, "padding": 1})]
+    for F, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            params = [he(inner, C, 1, 1), *norm(inner), he(inner, inner, 3, 3), *norm(inner),
-                      he(4 * inner, inner, 1, 1), *norm(4 * inner)]
-            if block == 0:
-                params += [he(4 * inner, C, 1, 1), *norm(4 * inner)]
-            net.append(cr.Layer(bottleneck, params,
-                                {"stride": 2 if stage and block == 0 else 1}))
-            C = 4 * inner
-    last = xp.asarray((rng.standard_normal((classes, C, 1, 1)) / math.sqrt(C)).astype(dtype))
-    return [*net, cr.Layer(cr.conv, [last, xp.zeros(classes, dtype)]), cr.Layer(cr.mean_pool)]
+            stride = 2 if F > 64 and block == 0 else 1  # at the 3x3, as in PyTorch
+            main = [*conv(C, F), relu, *conv(F, F, 3, stride), relu, *conv(F, 4 * F)]
+            short = [] if block else conv(C, 4 * F, 1, stride)
+            net += [cr.Layer(residual, options={"main": main, "short": short}), relu]
+            C = 4 * F
+    dense = conv(C, 1000)[0]
+    return [*net, dense._replace(params=[*dense.params, xp.zeros(1000, np.float32)]),
+            cr.Layer(cr.mean_pool)]
 
 
-def settled(net, x):
-    """The network with the statistics of these images as constants of its norms."""
-    layers = []
-    for layer in net:
-        if layer.op is cr.batch_norm:
-            layer = layer._replace(options={"mean": x.mean(axis=(0, 2, 3)),
-                                            "var": x.var(axis=(0, 2, 3))})
-        elif layer.op is bottleneck:
-            parts = branches(layer.params, layer.options["stride"], ({},) * 4)
-            norms = [a.options for part in parts for a in settled(part, x)
-                     if a.op is cr.batch_norm]
-            layer = layer._replace(options={**layer.options, "norms": norms})
-        x = layer.op(x, *layer.params, **layer.options)
-        layers.append(layer)
-    return layers
-
-
-def shapes(n, rng, canvas=32):
-    """Images (n, 3, canvas, canvas) of a square, a ring, a plus or a cross of any colour anywhere,
-    a little noise on them; the kind of each, and the quadrant of its centre."""
-    kind, half = rng.integers(0, 4, n), rng.integers(4, 8, n)
-    centre = half[:, None] + rng.integers(0, canvas - 2 * half[:, None], (n, 2))
-    row, col = (abs(np.arange(canvas) - centre[:, a, None]) for a in (0, 1))
-    row, col, size = row[:, :, None], col[:, None, :], half[:, None, None]
-    far, near = np.maximum(row, col), np.minimum(row, col)
-    drawn = np.stack([far <= size, (far <= size) & (far > size - 2), (far <= size) & (near < 2),
-                      (far <= size) & (abs(row - col) < 2)])[kind, np.arange(n)]
-    images = (drawn[:, None] * rng.uniform(0.5, 1, (n, 3, 1, 1))
-              + 0.1 * rng.standard_normal((n, 3, canvas, canvas)))
-    return images.astype(np.float32), kind, (2 * centre > canvas - 1) @ [2, 1]
-
-
-def classified(labels, coords, lab, seed):
-    """A residual network on images of shapes: the class is the shape, or the quadrant it is in."""
-    xp, batch, steps = lab.xp, 16, lab.settings["resnet"]
-    rng = np.random.default_rng([seed, 1])          # the same images with and without coordinates
-    images, *found = shapes(lab.settings["images"], rng)
-    train = len(images) * 3 // 4
-    images, target = xp.asarray(images), xp.asarray(np.eye(4, dtype=np.float32)[
-        found[labels == "quadrant"]])
-    net = resnet(14, 8, classes=4, coords=coords, rng=seed, xp=xp)
-    moments = [[(xp.zeros_like(p), xp.zeros_like(p)) for p in layer.params] for layer in net]
-
-    def score(net, test):
-        net = settled(net, images[:256])
-        right = [(cr.forward(net, images[i:i + 128])[0].argmax(axis=1)
-                  == target[i:i + 128].argmax(axis=1)).sum()
-                 for i in range(train, train + test, 128)]
-        return float(sum(right)) / test
-
-    watch = lab.watch(steps, train // batch, lambda net: score(net, 128))
-    for step in range(1, steps + 1):
-        at = xp.asarray(rng.choice(train, batch, replace=False))
-        y, inputs = cr.forward(net, images[at])
-        dy = cr.softmax_cross_entropy_backward(xp.ones((), xp.float32), y, target[at])[0]
-        _, grads = cr.backward(net, dy, inputs, need_dx=False)
-        rate, layers = 0.01 * (1 - (step - 1) / steps), []
-        for i, (layer, dparams) in enumerate(zip(net, grads)):
-            new = [cr.adam_step(p, g, *mv, step, learning_rate=rate)
-                   for p, g, mv in zip(layer.params, dparams, moments[i])]
-            moments[i] = [(m, v) for _, m, v in new]
-            layers.append(layer._replace(params=[p for p, _, _ in new]))
-        net = layers
-        if watch(step, net, None):
-            break
-    return {"weights": parameters(net), "tested": len(images) - train,
-            "score": lab.scored(lambda: score(net, len(images) - train))}
-
-
-# THE ROWS ----------------------------------------------------------------------------------------
-
-SPLITS = ("uniform", "quadrant")
-RENDER_RECIPE = "the centre, and apart from it the square"
-REGRESS_RECIPE = "a start in which the hot pixel stands out, beta1 0.5"
-
-
-def experiments():
-    found = {"critic/both ways": Experiment(both_ways, seeded=False),
-             "critic/odd images": Experiment(odd_images, seeded=False),
-             "critic/own test": Experiment(own_test, seeded=False),
-             "critic/feature": Experiment(as_feature, seeded=False),
-             "speed/convolution": Experiment(convolution_speed, seeded=False),
-             "speed/step": Experiment(step_speed, seeded=False),
-             "speed/decode": Experiment(decode_speed, seeded=False)}
-    partial = functools.partial
-    for split in SPLITS:
-        for task, run, starts in (("classification", painted, ("relative", "he")),
-                                  ("rendering", rendered, ("relative", "he")),
-                                  ("regression", regressed, ("salient", "he"))):
-            for start in starts:
-                found[f"{task}/{split}/{start}"] = Experiment(partial(run, split, start))
-        for task in ("classification", "rendering"):
-            for setting in DECONVS:
-                found[f"{task}/{split}/deconv {setting}"] = Experiment(
-                    partial(deconvolved, task, split, setting), f"{task}/{split}/relative")
-        found[f"regression/{split}/conv"] = Experiment(
-            partial(convolved, split), f"regression/{split}/salient")
-    for labels in ("shape", "quadrant"):
-        for coords in (False, True):
-            found[f"resnet/{labels}/{'coords' if coords else 'plain'}"] = Experiment(
-                partial(classified, labels, coords))
-    return found
-
-
-class Row(NamedTuple):
-    """A claim and how it is judged: judge(settings, *records of each experiment in needs) returns
-    what was measured and the verdict. A check is a promise of coordref."""
-    id: str
-    claim: str
-    source: str
-    needs: tuple
-    judge: Callable
-    check: bool = False
-
-
-def holds(truth):
-    return "holds" if truth else "fails"
-
-
-def scores(records, form="{:.1f} %", scale=100):
-    """Every score, in the order of the seeds."""
-    seeds = ", ".join(str(r["seed"]) for r in records)
-    return (", ".join(form.format(scale * r["score"]) for r in records)
-            + f" (seed{'s' * (len(records) > 1)} {seeds})")
-
-
-def length(records):
-    """What the runs took, the same for all of them but for the time."""
-    return (f"{records[0]['steps']} steps, {np.median([r['seconds'][0] for r in records]):.1f} s, "
-            f"{records[0]['weights']} weights, {records[0]['tested']} tests")
-
-
-def success(records, reached):
-    """How many runs got there, with the exact 95 % interval of that share."""
-    import scipy.stats
-    k, n = sum(reached(r["score"]) for r in records), len(records)
-    low, high = scipy.stats.binomtest(k, n).proportion_ci()
-    return f"{k} of {n} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
-
-
-def judge_ways(key, settings, records):
-    r, = records
-    more = (f"{r['encoder_weights']} weights" if key == "encoder_wrong" else
-            "last row and column included; 0 trained weights")
-    measured = (f"{r['positions'] - r[key]} of {r['positions']} positions in 4 sizes exact, as a "
-                f"network and in closed form; {more}")
-    return measured, holds(not r[key])
-
-
-def judge_same(settings, records):
-    same = records[0]["score"] == 1
-    measured = ("coord_conv, relu, sum_pool and affine with weights (size, -1) give the very "
-                f"numbers of his listing on {len(records[0]['listing'])} images: {same}")
-    return measured, holds(same)
-
-
-def judge_odd(settings, records):
-    two, half, none, _ = (tuple(map(int, pair)) for pair in records[0]["listing"])
-    measured = (f"(70, 100) image as (row, col): pixels at (10, 20) and (30, 70) give {two}; half "
-                f"a pixel at (10, 20) gives {half}; none gives {none}")
-    return measured, "one-hot images only"
-
-
-def judge_own_test(settings, draws, odd):
-    r, last = draws[0], tuple(map(int, odd[0]["listing"][-1]))
-    measured = (f"{r['draws']} draws as the listing makes them reach row {r['row']} of 69 and "
-                f"column {r['col']} of 99; a pixel at (69, 99) gives {last}")
-    return measured, "never tested there, " + ("but right" if last == (69, 99) else "and wrong")
-
-
-def judge_feature(settings, records):
-    measured = ("coord_conv and a convolution after add_coords: outputs and gradients within "
-                f"{records[0]['score']:.0e} of each other in 1-D, 2-D and 3-D")
-    return measured, holds(records[0]["score"] < 1e-12)
-
-
-def judge_relative(settings, ours, he):
-    measured = (f"test {scores(ours)}: {success(ours, lambda s: s == 1)}; he_normal over the same "
-                f"seeds {success(he, lambda s: s == 1)}; {length(ours)}")
-    return measured, holds(all(r["score"] == 1 for r in ours))
-
-
-def judge_he(settings, records):
-    right, steps = sum(r["score"] == 1 for r in records), records[0]["steps"]
-    measured = f"he_normal start: test {scores(records)}; {length(records)}"
-    return measured, ("holds" if right == len(records) else f"not within {steps} steps"
-                      if not right else f"for {right} of {len(records)} seeds")
-
-
-def judge_limit(limit, form, scale, settings, ours, *groups):
-    top = max(r["score"] for records in groups for r in records)
-    runs = "; ".join(f"{records[0]['experiment'].split('/')[2]} {scores(records, form, scale)}, "
-                     f"{length(records)}" for records in groups)
-    budget = (f"{settings['patience']:g} times CoordConv's time" if settings["patience"] else
-              "the published length")
-    measured = f"best {form.format(scale * top)} in {budget}, of {runs}"
-    return measured, ("contradicted" if round(top, 2) > limit else      # claimed to two digits
-                      "not contradicted" if settings["patience"] else "holds")
-
-
-def judge_faster(settings, he, ours, *groups):
-    slow = max((r for records in groups for r in records), key=lambda r: r["score"])
-    if slow["score"] == 0:
-        return "the deconvolution never had a pixel right", "no ratio"
-    spent, *others = (float(np.median([first_time(r, lambda s: s >= slow["score"])
-                                       for r in records])) for records in ([slow], he, ours))
-    ratios = [spent / other for other in others]
-    measured = (f"to the deconvolution's {100 * slow['score']:.1f} % after {spent:.1f} s (seed "
-                f"{slow['seed']}) the he_normal start was {ratios[0]:.0f} times faster, the "
-                f"relative start {ratios[1]:.0f} times")
-    return measured, "holds" if ratios[0] >= 150 else "faster, not by 150 at this length"
-
-
-@functools.cache
-def deconv_weights():
-    return [parameters(cr.deconv_painter(kernel=k, width=w, rng=0))
-            for k in (2, 3, 4) for w in (1, 2, 3)]
-
-
-def judge_parameters(settings, records):
-    ours = records[0]["weights"]
-    ratios = [weights / ours for weights in deconv_weights()]
-    measured = (f"{ours} weights, in the paper's nine deconvolutions {min(ratios):.0f} to "
-                f"{max(ratios):.0f} times as many")
-    return measured, ("holds" if 10 <= min(ratios) and max(ratios) <= 100 else
-                      f"for {sum(10 <= a <= 100 for a in ratios)} of {len(ratios)}")
-
-
-def judge_recipes(form, reached, recipe, settings, ours, he):
-    measured = "; ".join(f"{name}: {scores(records, form, 1)}, {success(records, reached)}, "
-                         f"{length(records)}" for name, records in (
-                             (f"our recipe ({recipe})", ours), ("the paper's recipe", he)))
-    verdicts = ["holds" if all(reached(r["score"]) for r in records) else "not for every seed"
-                if any(reached(r["score"]) for r in records) else "not reached"
-                for records in (ours, he)]
-    return measured, f"{verdicts[0]} with our recipe, {verdicts[1]} with the paper's"
-
-
-def judge_conv(split, settings, ours, records):
-    good = min(r["score"] for r in records) < 0.5
-    measured = f"pixels off: {scores(records, '{:.2f}', 1)}; {length(records)}"
-    if split == "uniform":
-        return measured, "holds" if good else "not within this length"
-    return measured, ("contradicted" if good else
-                      "not contradicted" if settings["patience"] else "holds")
-
-
-def judge_resnet(settings, plain, coords):
-    import scipy.stats
-    gain = np.array([100 * (b["score"] - a["score"]) for a, b in zip(plain, coords)])
-    measured = (f"without {scores(plain)}; with {scores(coords)}; {length(coords)}; mean "
-                f"difference {gain.mean():+.1f} points")
-    if len(gain) < 2 or gain.std() == 0:
-        return f"{measured}, no interval from one value", "no interval"
-    test = scipy.stats.ttest_1samp(gain, 0)
-    low, high = test.confidence_interval()
-    measured += f", 95 % interval {low:+.1f} to {high:+.1f}, p = {test.pvalue:.2f}"
-    return measured, "a gain" if low > 0 else "a loss" if high < 0 else "no gain shown"
-
-
-def judge_speed(settings, records):
-    r, = records
-    if "score" not in r:
-        return "not compared with torch", "not compared"
-    measured = (f"time over torch's: geometric mean of {len(r['lines'])} passes {r['score']:.2f}, "
-                f"worst {max(a['over_torch'] for a in r['lines']):.2f}")
-    return measured, ("as fast" if 0.9 <= r["score"] <= 1.1 else
-                      "faster than torch" if r["score"] < 1 else "slower than torch")
-
-
-def judge_step(settings, records):
-    r, = records
-    measured = f"{1e3 * np.median(r['seconds']):.0f} ms with 16 images, "
-    if "score" not in r:
-        return measured + "not compared with torch", "not compared"
-    return f"{measured}{r['score']:.2f} of torch's time", holds(r["score"] <= 0.5)
-
-
-def judge_decode(settings, records):
-    r, = records
-    measured = (f"64x64: {1e6 * np.median(r['seconds']) / 4096:.2f} us an image, {r['score']:.0f} "
-                "times as fast as the critic's listing by scipy, at "
-                f"{r['of_sum']:.2f} of the rate of a sum of the array")
-    return measured, holds(r["score"] >= 300 and r["of_sum"] >= 0.7)
-
-
-def rows(settings):
-    """Every row of the table, in its order."""
-    partial, deconvs = functools.partial, list(DECONVS)[:1 if settings["patience"] else None]
-    found = [
-        Row("decoder", "no training needed: a convolution, a rectifier, a sum and a subtraction "
-            "read the pixel off the image", "Piekniewski", ("critic/both ways",),
-            partial(judge_ways, "decoder_wrong"), True),
-        Row("encoder", "nor for the other way: a network that draws the pixel can be wired by "
-            "hand", "Piekniewski", ("critic/both ways",), partial(judge_ways, "encoder_wrong"),
-            True),
-        Row("same", "his network is itself a CoordConv: coordinates enter as input channels",
-            "coordref", ("critic/odd images",), judge_same, True),
-        Row("feature", "CoordConv is a convolution of an image to which two features were added",
-            "Piekniewski", ("critic/feature",), judge_feature, True),
-        Row("robust", "the listing reads coordinates off an image", "Piekniewski (implied)",
-            ("critic/odd images",), judge_odd),
-        Row("own-test", "the listing's own test covers the image", "Piekniewski (implied)",
-            ("critic/own test", "critic/odd images"), judge_own_test)]
-    for split in SPLITS:
-        task = f"classification/{split}"
-        rivals = tuple(f"{task}/deconv {name}" for name in deconvs)
-        found += [
-            Row(f"relative-{split}", f"CoordConv with the relative start is perfect on the "
-                f"{split} split, every seed", "coordref", (f"{task}/relative", f"{task}/he"),
-                judge_relative, True),
-            Row(f"coordconv-{split}", f"CoordConv is perfect on the {split} split in seconds",
-                "Liu et al.", (f"{task}/he",), judge_he),
-            Row(f"deconv-{split}", "a deconvolution network gets at most "
-                f"{'86' if split == 'uniform' else '0'} % on the {split} split", "Liu et al.",
-                (f"{task}/relative", *rivals), partial(
-                    judge_limit, 0.86 if split == "uniform" else 0.0, "{:.1f} %", 100))]
-        if split == "uniform":
-            found += [
-                Row("faster", "CoordConv learns it 150 times faster", "Liu et al.",
-                    (f"{task}/he", f"{task}/relative", *rivals), judge_faster),
-                Row("parameters", "with 10 to 100 times fewer parameters", "Liu et al.",
-                    (f"{task}/relative",), judge_parameters)]
-    for split in SPLITS:
-        task = f"rendering/{split}"
-        found += [
-            Row(f"render-{split}", f"CoordConv renders squares perfectly on the {split} split: "
-                "IoU above 0.99", "Liu et al.", (f"{task}/relative", f"{task}/he"),
-                partial(judge_recipes, "{:.3f}", lambda s: s > 0.99, RENDER_RECIPE)),
-            Row(f"deconv-render-{split}", "a deconvolution network gets an IoU of at most "
-                f"{'0.83' if split == 'uniform' else '0.36'} on the {split} split", "Liu et al.",
-                (f"{task}/relative", *(f"{task}/deconv {name}" for name in deconvs)), partial(
-                    judge_limit, 0.83 if split == "uniform" else 0.36, "{:.3f}", 1))]
-    for split in SPLITS:
-        task = f"regression/{split}"
-        found += [
-            Row(f"regress-{split}", "one CoordConv net regresses coordinates on both splits, here "
-                f"{split}: within half a pixel", "Liu et al.", (f"{task}/salient", f"{task}/he"),
-                partial(judge_recipes, "{:.2f}", lambda s: s < 0.5, REGRESS_RECIPE)),
-            Row(f"conv-regress-{split}", "a convolution without coordinates "
-                + ("regresses" if split == "uniform" else "does not regress")
-                + f" them on the {split} split", "Liu et al.", (f"{task}/salient", f"{task}/conv"),
-                partial(judge_conv, split))]
-    found += [
-        Row("resnet-shape", "coordinates at the bottom of a residual network gain nothing that "
-            "matters where the class is not a function of position (+0.04 % on ImageNet)",
-            "QbitAI", ("resnet/shape/plain", "resnet/shape/coords"), judge_resnet),
-        Row("resnet-quadrant", "the control: they gain where the class is the quadrant",
-            "coordref", ("resnet/quadrant/plain", "resnet/quadrant/coords"), judge_resnet),
-        Row("speed-convolution", "convolution in NumPy is as fast as in torch", "coordref",
-            ("speed/convolution",), judge_speed),
-        Row("speed-step", "a training step of the painter takes at most half of torch's time",
-            "coordref", ("speed/step",), judge_step),
-        Row("speed-decode", "the closed form of the critic's network runs at memory speed, 300 "
-            "times the listing's", "coordref", ("speed/decode",), judge_decode)]
-    return found
+def counted(seed, xp):
+    """Parameters of the painters; and of ResNet-50 without coordinates and with the paper's layer
+    below it, a 1x1 CoordConv with radius and 8 filters, and their answers to an image."""
+    rng = np.random.default_rng(0)
+    plain, x = resnet_50(rng, xp), xp.asarray(rng.standard_normal((1, 3, 64, 64)), np.float32)
+    w, more = (cr.he_normal(s, rng=rng, xp=xp) for s in ((8, 6, 1, 1), (64, 8, 7, 7)))
+    coords = [cr.Layer(cr.coord_conv, [w, xp.zeros(8, np.float32)], {"radius": True}),
+              plain[0]._replace(params=[more]), *plain[1:]]
+    ours = weights(cr.coordconv_painter(rng=0))
+    ratios = [weights(cr.deconv_painter(kernel=k, width=c, rng=0)) / ours
+              for k in (2, 3, 4) for c in (1, 2, 3)]
+    return {"ours": ours, "least": min(ratios), "most": max(ratios),
+            "inside": sum(10 <= ratio <= 100 for ratio in ratios),
+            "plain": weights(plain), "more": weights(coords) - weights(plain),
+            "logits": [float(cr.forward(net, x)[0].sum()) for net in (plain, coords)]}
 
 
 # SPEED -------------------------------------------------------------------------------------------
 
-def peers():
-    """torch, if it is there, with as many threads as coordref uses."""
-    try:
-        import torch
-        return torch
-    except ImportError:
-        return None
+P1, P2 = {"padding": 1}, {"padding": 2}
+SHAPES = {      # images, channels, filters, the size of the image and of the kernel, options
+    "1x1 64-64": (8, 64, 64, (64, 64), 1, {}), "3x3 64-64": (8, 64, 64, (56, 56), 3, P1),
+    "3x3 3-64": (8, 3, 64, (64, 64), 3, P1), "5x5 32-32": (8, 32, 32, (32, 32), 5, P2),
+    "7x7 stride 2, 3-64": (1, 3, 64, (224, 224), 7, {"padding": 3, "stride": 2}),
+    "3x3 stride 2, 64-128": (8, 64, 128, (56, 56), 3, {**P1, "stride": 2}),
+    "3x3 dilated, 64-64": (8, 64, 64, (56, 56), 3, {**P2, "dilation": 2}),
+    "1x1 8-128": (8, 8, 128, (64, 64), 1, {}), "1x1 128-128": (8, 128, 128, (64, 64), 1, {}),
+    "1x1 4-32": (8, 4, 32, (64, 64), 1, {}),
+    "3x3 depthwise, 64": (8, 64, 64, (56, 56), 3, {**P1, "groups": 64}),
+    "9 in 1-D, 64-64": (8, 64, 64, (2048,), 9, {"padding": 4}),
+    "3x3x3 in 3-D, 16-16": (2, 16, 16, (24, 24, 24), 3, P1),
+    "3x3 128-128, 28x28": (8, 128, 128, (28, 28), 3, P1),
+    "3x3 16-16, 16x16": (1, 16, 16, (16, 16), 3, P1), "3x3 8-16": (8, 8, 16, (64, 64), 3, P1),
+    "3x3 256-256, 14x14": (4, 256, 256, (14, 14), 3, P1),
+    "1x1 256-256, 14x14": (8, 256, 256, (14, 14), 1, {}),
+    "4x4 stride 2, 64-64": (8, 64, 64, (32, 32), 4, {**P1, "stride": 2}),
+}
 
 
-def interleaved(programs, repeats, xp=np):
-    """Seconds of each program, A B A B, as (repeats, programs). The threads of torch spin for some
-    ten milliseconds after its work, and a program that starts before they sleep lacks their core;
-    hence the pause, and an untimed call to warm up again."""
+def passes(N, C, F, size, k, options, peer=cr.conv):
+    """Forward and backward as programs without arguments, and the forward's multiplications; by
+    conv, coord_conv or the module torch on one thread."""
+    c = C // options.get("groups", 1) + len(size) * (peer is cr.coord_conv)
+    x, w, b = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in (
+        (N, C, *size), (F, c, *(k,) * len(size)), (F,)))
+    if peer in (cr.conv, cr.coord_conv):
+        dy, back = peer(x, w, b, **options), getattr(cr, f"{peer.__name__}_backward")
+        return (lambda: peer(x, w, b, **options), lambda: back(dy, x, w, b, **options),
+                dy.size * w[0].size)
+    peer.set_num_threads(1)
+    x, w, b = (peer.tensor(a, requires_grad=True) for a in (x, w, b))
+    conv = getattr(peer.nn.functional, f"conv{len(size)}d")
+    y = conv(x, w, b, **options)
+    dy = y.detach().clone()
+    return (lambda: conv(x, w, b, **options), lambda: peer.autograd.grad(
+        y, (x, w, b), dy, retain_graph=True), dy.numel() * w[0].numel())
+
+
+def alternating(programs, repeats):
+    """The median core-seconds of each program, in turn, an untimed call before each timed one."""
     seconds = np.empty((repeats, len(programs)))
     for row in seconds:
         for i, program in enumerate(programs):
-            time.sleep(0.02)
             program()
-            row[i] = timed(program, xp)[1]
-    return seconds
+            start = time.process_time()
+            program()
+            row[i] = time.process_time() - start
+    return np.median(seconds, axis=0)
 
 
-class Shape(NamedTuple):
-    name: str
-    x: tuple
-    w: tuple
-    options: Mapping = MappingProxyType({})
-    op: str = "conv"
+def conv_speed(seed, xp, shapes, repeats):
+    """Time over torch's, forward and backward together, of the first shapes."""
+    import torch
+
+    ratios = []
+    for case in list(SHAPES.values())[:shapes]:
+        pairs = zip(passes(*case)[:2], passes(*case, peer=torch)[:2])
+        ours, theirs = sum(alternating(pair, repeats) for pair in pairs)
+        ratios.append(float(ours / theirs))
+    return {"score": geometric_mean(ratios), "worst": max(ratios), "shapes": shapes}
 
 
-SHAPES = [
-    Shape("1x1, 64 to 64", (16, 64, 64, 64), (64, 64, 1, 1)),
-    Shape("1x1, 4 to 32", (16, 4, 64, 64), (32, 4, 1, 1)),
-    Shape("1x1, 256 to 128", (8, 256, 28, 28), (128, 256, 1, 1)),
-    Shape("3x3, 64 to 64", (8, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
-    Shape("3x3, 16 to 16", (16, 16, 64, 64), (16, 16, 3, 3), {"padding": 1}),
-    Shape("3x3, 3 to 64", (16, 3, 64, 64), (64, 3, 3, 3), {"padding": 1}),
-    Shape("3x3, 256 to 256, 14 x 14", (8, 256, 14, 14), (256, 256, 3, 3), {"padding": 1}),
-    Shape("5x5, 32 to 32", (16, 32, 32, 32), (32, 32, 5, 5), {"padding": 2}),
-    Shape("7x7 stride 2, 3 to 64", (2, 3, 224, 224), (64, 3, 7, 7), {"padding": 3, "stride": 2}),
-    Shape("3x3 stride 2, 64 to 128", (8, 64, 56, 56), (128, 64, 3, 3),
-          {"padding": 1, "stride": 2}),
-    Shape("3x3 dilation 2, 64 to 64", (8, 64, 56, 56), (64, 64, 3, 3),
-          {"padding": 2, "dilation": 2}),
-    Shape("3x3 depthwise, 64", (8, 64, 56, 56), (64, 1, 3, 3), {"padding": 1, "groups": 64}),
-    Shape("4x4 transposed, stride 2", (8, 64, 32, 32), (64, 32, 4, 4),
-          {"padding": 1, "stride": 2}, "conv_transpose"),
-    Shape("5 in 1-D, 64 to 64", (16, 64, 4096), (64, 64, 5), {"padding": 2}),
-    Shape("3x3x3 in 3-D, 16 to 16", (2, 16, 24, 24, 24), (16, 16, 3, 3, 3), {"padding": 1}),
-]
+def step_speed(seed, xp, steps, peer):
+    """The median milliseconds of a training step of the painter with 16 images and two threads."""
+    start = cr.initial_state(cr.coordconv_painter(rng=0))
+    states = cr.train(start, cr.not_so_clevr(), task="classification", steps=steps, workers=2)
+    clock = [time.perf_counter() for _ in (torch_steps(steps) if peer == "torch" else states)]
+    return {peer: 1e3 * float(np.median(np.diff(clock)))}
 
 
-def by_definition(dy, x, w, stride=1, padding=0, dilation=1, groups=1):
-    """y, dx and dw of a convolution in float64, one kernel tap at a time."""
-    dy, x, w = (a.astype(np.float64) for a in (dy, x, w))
-    N, G, out, rank = len(x), groups, dy.shape[2:], x.ndim - 2
-    x = np.pad(x, ((0, 0),) * 2 + ((padding, padding),) * rank)
-    dx, dw, y = np.zeros_like(x), np.zeros_like(w), np.zeros((N, G, len(w) // G, math.prod(out)))
-    dy = dy.reshape(y.shape)
-    for tap in np.ndindex(*w.shape[2:]):
-        seen = (slice(None),) * 2 + tuple(slice(k * dilation, k * dilation + (n - 1) * stride + 1,
-                                                stride) for k, n in zip(tap, out))
-        pixels = x[seen].reshape(N, G, -1, y.shape[3])
-        at = (slice(None),) * 2 + tap
-        weights = w[at].reshape(G, len(w) // G, -1)
-        y += weights @ pixels
-        dx[seen] += (weights.swapaxes(1, 2) @ dy).reshape(x[seen].shape)
-        dw[at] = (dy @ pixels.swapaxes(2, 3)).sum(axis=0).reshape(w[at].shape)
-    inside = (slice(None),) * 2 + (slice(padding, -padding or None),) * rank
-    return y.reshape(N, len(w), *out), dx[inside], dw
+def torch_steps(steps):
+    """Steps of such a training in torch."""
+    import torch
+
+    torch.set_num_threads(2)
+    layers = [layer for C, F in itertools.pairwise((4, 32, 32, 64, 64, 1))
+              for layer in (torch.nn.Conv2d(C, F, 1), torch.nn.ReLU())]
+    net = torch.nn.Sequential(*layers[:-1])
+    adam = torch.optim.Adam(net.parameters(), lr=0.005, betas=(0.9, 0.99))
+    grid = torch.tensor(cr.coord_channels((64, 64))).expand(16, 2, 64, 64)
+    for _ in range(steps):
+        at, label = torch.rand(16, 2, 1, 1) * 2 - 1, torch.randint(4096, (16,))
+        logits = net(torch.cat([at.expand(16, 2, 64, 64), grid], dim=1)).flatten(1)
+        adam.zero_grad()
+        torch.nn.functional.cross_entropy(logits, label).backward()
+        adam.step()
+        yield
 
 
-def largest_error(got, wanted):
-    """The largest error over the largest value, the worst of some arrays."""
-    return max(abs(a - b).max() / abs(b).max() for a, b in zip(got, wanted))
+def decode_speed(seed, xp, repeats):
+    """How many times as fast as the listing decode is."""
+    images = cr.encode(np.random.default_rng(0).integers(0, 64, (2048, 2)), (64, 64))
+    ours, theirs = alternating([lambda: cr.decode(images),
+                                lambda: [listing(image[0]) for image in images[:64]]], repeats)
+    return {"score": float(32 * theirs / ours)}
 
 
-def scipy_seconds(x, w, options):
-    """One image under one filter by scipy.signal.correlate, times images and filters."""
-    p = options.get("padding", 0)
-    image = np.pad(x[0], ((0, 0),) + ((p, p),) * (x.ndim - 2))
-    return timed(lambda: scipy.signal.correlate(image, w[0], "valid"))[1] * len(x) * len(w)
+# ROWS --------------------------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    """A claim. judge takes the runs of each experiment in needs, and returns whether it holds (or
+    "in part"), the figure behind that, and perhaps a note: a condition, or how it was found."""
+    id: str
+    claim: str              # at most 40 characters; the figure 33, the note 89
+    source: str
+    needs: str              # "a *, b" are the experiments a uniform, a quadrant and b
+    judge: Any
 
 
-def measure(shape, repeats, xp=np, coords=False, against_torch=True):
-    """Forward and backward of one shape, float32, as two records; coords makes it a CoordConv."""
-    rng, torch = np.random.default_rng(0), peers() if against_torch else None
-    options, rank = shape.options, len(shape.x) - 2
-    transposed = shape.op == "conv_transpose"
-    w_shape = (shape.w[0], shape.w[1] + coords * rank, *shape.w[2:])
-    x, w = (rng.standard_normal(s).astype(np.float32) for s in (shape.x, w_shape))
-    b = rng.standard_normal(w_shape[transposed]).astype(np.float32)
-    op = "coord_conv" if coords else shape.op
-    forward, backward = getattr(cr, op), getattr(cr, op + "_backward")
-    ours = [xp.asarray(a) for a in (x, w, b)]
-    y = cr.to_numpy(forward(*ours, **options))
-    dy = rng.standard_normal(y.shape).astype(np.float32)
-    upstream = xp.asarray(dy)
-    dx, dw = map(cr.to_numpy, backward(upstream, *ours, **options)[:2])
-
-    seen = cr.add_coords(x) if coords else x
-    if transposed:                      # the gradient by x of a convolution, run forward
-        exact = by_definition(x, dy, w, **options)
-        error = [largest_error([y - b.reshape(-1, *(1,) * rank)],
-                               [by_definition(x, y, w, **options)[1]]),
-                 largest_error([dx, dw], [exact[0], exact[2]])]
-    else:
-        exact = by_definition(dy, seen, w, **options)
-        error = [largest_error([y - b.reshape(-1, *(1,) * rank)], exact[:1]),
-                 largest_error([dx, dw], [exact[1][:, :x.shape[1]], exact[2]])]
-
-    programs = [[lambda: forward(*ours, **options)],
-                [lambda: backward(upstream, *ours, **options)]]
-    peer = ["coordref"]
-    if coords:                          # the same convolution without its coordinates
-        plain = [ours[0], xp.asarray(np.ascontiguousarray(w[:, :x.shape[1]])), ours[2]]
-        peer.append("conv")
-        programs[0].append(lambda: cr.conv(*plain, **options))
-        programs[1].append(lambda: cr.conv_backward(upstream, *plain, **options))
-    if torch:
-        peer.append("torch")
-        device = "cpu" if xp is np else "cuda"
-        tensors = [torch.tensor(a, device=device, requires_grad=True) for a in (x, w, b)]
-        gradient, grid = (torch.tensor(a, device=device) for a in (dy, seen[:, x.shape[1]:]))
-        function = getattr(torch.nn.functional, f"{shape.op}{rank}d")
-
-        def run():
-            image = torch.cat([tensors[0], grid], dim=1) if coords else tensors[0]
-            return function(image, *tensors[1:], **options)
-        output = run()
-        programs[0].append(run)
-        programs[1].append(lambda: torch.autograd.grad(output, tensors, gradient,
-                                                       retain_graph=True))
-    macs, both = w[0].size * (x.size if transposed else dy.size), 0
-    for i, name in enumerate(("forward", "backward")):
-        seconds = interleaved(programs[i], repeats, xp)
-        both = both + seconds
-        record = {"shape": shape.name + (" CoordConv" if coords else ""), "pass": name,
-                  "seconds": seconds[:, 0].tolist(), "flops": 2 * (1 + i) * macs,
-                  "error": float(error[i])}
-        for j in range(1, len(peer)):
-            record["over_" + peer[j]] = float(np.median(seconds[:, 0] / seconds[:, j]))
-            if i:
-                record["both_over_" + peer[j]] = float(np.median(both[:, 0] / both[:, j]))
-        if not i and not coords and set(options) <= {"padding"}:
-            record["over_scipy"] = float(np.median(seconds[:, 0]) / scipy_seconds(x, w, options))
-        yield record
+PART = "in part"
+iou, px = "{:.3f}".format, "{:.2f} px".format
 
 
-def matmul_peak(xp=np):
-    """GFLOP/s of the best of ten products of 2048 x 2048 float32 matrices."""
-    a = xp.asarray(np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32))
-    return 2 * 2048 ** 3 / min(timed(lambda: a @ a, xp)[1] for _ in range(10)) / 1e9
+def percent(x):
+    """100 and 0 only where it is all or none."""
+    return f"{100 * x:.0f} %" if x in (0, 1) else f"{min(max(100 * x, 0.1), 99.9):.1f} %"
 
 
-def line(record, peak):
-    seconds = np.median(record["seconds"])
-    rate = record["flops"] / seconds / 1e9
-    ratios = "".join(f"{record[key]:9.2g}" if key in record else f"{'-':>9}"
-                     for key in ("over_torch", "over_conv", "over_scipy"))
-    return (f"{record['shape']:36} {record['pass']:8} {1e3 * seconds:8.2f} {rate:8.0f} "
-            f"{rate / peak:7.2f} {record['error']:9.1e}{ratios}")
+def scores(runs, key="score"):
+    return [run[key] for run in runs]
 
 
-HEADER = (f"{'float32':36} {'pass':8} {'ms':>8} {'GFLOP/s':>8} {'of peak':>7} {'max error':>9}"
-          f"{'/torch':>9}{'/conv':>9}{'/SciPy':>9}")
-
-SWEEPS = [
-    ("image side", (16, 32, 64, 128, 256, 512), lambda n: ((2, 16, n, n), (16, 16, 3, 3))),
-    ("batch", (1, 4, 16, 64, 256), lambda n: ((n, 16, 32, 32), (16, 16, 3, 3))),
-    ("channels", (1, 8, 32, 128, 512), lambda n: ((4, n, 28, 28), (n, n, 3, 3))),
-]
+def spread(runs, form=percent, key="score"):
+    """The median and, in brackets, the worst where that is another."""
+    found = scores(runs, key)
+    middle, worst = form(median(found)), form((max if form is px else min)(found))
+    return middle if middle == worst else f"{middle} ({worst.split()[0]})"
 
 
-def both_passes(dy, x, w):
-    cr.conv(x, w, padding=1)
-    cr.conv_backward(dy, x, w, padding=1)
+def how_many(good):
+    """Of more than three seeds with the exact 95 % interval of the share."""
+    text = f"{sum(good)} of {len(good)} runs"
+    if len(good) <= 6:
+        return text
+    from scipy.stats import binomtest
+    low, high = binomtest(sum(good), len(good)).proportion_ci()
+    return f"{text}, 95 % interval {low:.0%} to {high:.0%}"
 
 
-def sweep_records(repeats, xp):
-    """Time per multiply-add against size, forward and backward together."""
-    for name, values, shapes in SWEEPS:
-        for n in values:
-            say(f"{name} {n}")
-            rng = np.random.default_rng(0)
-            x, w = (xp.asarray(rng.standard_normal(s).astype(np.float32)) for s in shapes(n))
-            dy = xp.asarray(rng.standard_normal((len(x), len(w), *x.shape[2:])).astype(
-                np.float32))
-            run = functools.partial(both_passes, dy, x, w)
-            seconds = interleaved([run], repeats, xp)[:, 0]
-            yield {"sweep": name, "size": n, "seconds": seconds.tolist(),
-                   "picoseconds_per_mac": 1e12 * float(np.median(seconds)) / (3 * w[0].size
-                                                                              * dy.size)}
+def fact(test, figure, note, *groups, form=percent):
+    """test is of what the first runs found, and of the scores of all runs and their mean."""
+    found = {key: value for run, *_ in groups for key, value in run.items()}
+    if "score" in found:
+        found.update(all=[scores(runs) for runs in groups], mean=fmean(scores(groups[0])),
+                     spread=[spread(runs, form) for runs in groups],
+                     shown=form(fmean(scores(groups[0]))),
+                     best=max((x for *_, x in found.get("curve", ())), default=None))
+    return test(found), figure.format(**found), note.format(**found)
 
 
-def geometric_mean(values):
-    return math.exp(np.mean(np.log(values)))
+def by_seed(low, safe, *groups, form=percent, key="score", note=""):
+    """It holds if on each split the median reaches low, and no run misses safe. Where safe is None
+    the seed decides, and three that pass say nothing of a fourth: at most in part."""
+    sign, every = -1 if form is px else 1, [x for runs in groups for x in scores(runs, key)]
+    good = all(sign * median(scores(runs, key)) >= sign * low for runs in groups)
+    sure = good and safe is not None and all(sign * x >= sign * safe for x in every)
+    count = f"{form(low)} in {how_many([sign * x >= sign * low for x in every])}"
+    return (sure or (PART if good else False),
+            " / ".join(spread(runs, form, key) for runs in groups),
+            "; ".join(["in the median"] * (good and not sure) + [note] * bool(note)
+                      + [count] * (not sure or len(every) > 6)))
 
 
-def ops(repeats, xp):
-    """Every shape as convolution and as CoordConv, then cost against size."""
-    peak, records = matmul_peak(xp), []
-    print(f"\nmatrix product peak {peak:.0f} GFLOP/s; time over torch, over our own convolution "
-          "without coordinates, over SciPy\n\n" + HEADER, flush=True)
-    for shape in SHAPES:
-        for coords in (False, True):
-            if coords and (shape.op != "conv" or "groups" in shape.options):
-                continue
-            say(f"{shape.name}{' CoordConv' if coords else ''}")
-            for record in measure(shape, repeats, xp, coords):
-                say("")
-                print(line(record, peak), flush=True)
-                records.append(record)
-    print("\nforward plus backward, geometric mean of the shapes:")
-    for peer, text in (("torch", "time over torch"), ("conv", "CoordConv over conv")):
-        key = "both_over_" + peer
-        ratios = {r["shape"]: r[key] for r in records if key in r}
-        if ratios:
-            worst = max(ratios, key=ratios.get)
-            print(f"    {text:22} {geometric_mean(list(ratios.values())):.2f}, "
-                  f"worst {ratios[worst]:.2f} ({worst})")
-    sweeps = list(sweep_records(repeats, xp))
-    say("")
-    print("\npicoseconds per multiply-add, forward and backward, 3x3 kernels")
-    for name, _, _ in SWEEPS:
-        found = [r for r in sweeps if r["sweep"] == name]
-        best = min(r["picoseconds_per_mac"] for r in found)
-        print(f"    {name:12}" + "".join(
-            f"{r['size']:6}: {r['picoseconds_per_mac']:5.1f}" for r in found)
-            + f"   last / best {found[-1]['picoseconds_per_mac'] / best:.2f}", flush=True)
-    return {"peak_gflops": peak, "ops": records, "sweeps": sweeps}
+def some(*groups):
+    """In part if some runs are within half a pixel; ten seeds have to, to show that all are."""
+    good = [x < 0.5 for runs in groups for x in scores(runs)]
+    return (all(good) and len(groups[0]) > 9 or (PART if any(good) else False),
+            f"{sum(good)} of {len(good)} runs within .5 px", "for some seeds: " + " / ".join(
+                spread(runs, px) for runs in groups) + how_many(good).partition("runs")[2])
 
 
-def convolution_speed(lab, seed):
-    """Some of the shapes that ops measures."""
-    peak, lines = matmul_peak(lab.xp), []
-    for shape in SHAPES[:1] + (SHAPES[3:6:2] if lab.settings["torch"] else []):
-        lines += measure(shape, lab.settings["repeats"], lab.xp,
-                         against_torch=lab.settings["torch"])
-    ratios = [line["over_torch"] for line in lines if "over_torch" in line]
-    return {"peak_gflops": peak, "lines": lines, "seconds": [s for a in lines
-                                                             for s in a["seconds"]],
-            **({"score": geometric_mean(ratios)} if ratios else {})}
+def behind(times, whose, key, limits, form, *groups):
+    """The rival stays within limits, with at least so many times CoordConv's seconds."""
+    points, took = [], []
+    for (rival, *_), ours in zip(groups[:2], groups[2:]):
+        spent = max(scores(ours, key))
+        after = [p for p in rival["curve"] if p[1] >= times * spent] or rival["curve"]
+        points.append(after[0 if times == 1 else -1])
+        took.append(points[-1][1] / spent)
+    return (min(took) >= times and all(p[2] <= limit for p, limit in zip(points, limits)),
+            " / ".join(form(p[2]) for p in points),
+            "in {:.1f} / {:.1f} times the seconds of {}; one seed".format(*took, whose))
 
 
-def step_speed(lab, seed):
-    """Training steps of the painter, and the same in torch in a process of its own, as its users
-    run it: coordref tells the allocator to keep memory, which makes torch faster too."""
-    net, data, steps = cr.coordconv_painter(rng=0, xp=lab.xp), lab.data("uniform"), 5
-
-    def ours():
-        cr.train(net, data, task="classification", steps=steps, rng=0)
-    ours()
-    if not lab.settings["torch"] or not peers():
-        return {"seconds": [timed(ours, lab.xp)[1] / steps
-                            for _ in range(lab.settings["repeats"])]}
-    device = "cpu" if lab.xp is np else "cuda"
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-            1, context, start_worker, (None, context.Event(), os.getpid())) as process:
-        process.submit(torch_seconds, steps, device).result()
-        pairs = [(timed(ours, lab.xp)[1] / steps,
-                  process.submit(torch_seconds, steps, device).result() / steps)
-                 for _ in range(lab.settings["repeats"])]
-    return {"seconds": [a for a, _ in pairs], "score": float(np.median([a / b for a, b in pairs]))}
+def factor(rivals, ours):
+    """How much sooner CoordConv has the level that is the deconvolution's best."""
+    level = max(x for *_, x in rivals[0]["curve"])
+    slow, fast = (median(next((t for _, t, x in run["curve"] if x >= level), math.inf)
+                         for run in runs) for runs in (rivals, ours))
+    return (slow / fast >= 150 or (PART if slow / fast >= 5 else False),
+            f"{slow / fast:.0f} times at this level", f"{percent(level)} correct took the "
+            f"deconvolution {slow:,.0f} s, CoordConv {fast:.2g} s; it grows with the level")
 
 
-def torch_seconds(steps, device):
-    """How long torch takes for training steps of the painter with 16 images."""
-    network, adam, coords, grid, labels = torch_painter(device)
-
-    def run():
-        for _ in range(steps):
-            adam.zero_grad()
-            image = torch.cat([coords.expand(16, 2, 64, 64), grid], dim=1)
-            torch.nn.functional.cross_entropy(network(image).flatten(1), labels).backward()
-            adam.step()
-        return network[0].bias.tolist()         # waits for the device
-    torch = peers()
-    return timed(run)[1]
+def in_seconds(goal, form, runs):
+    """It holds if every run gets there within a minute, and is there at the end."""
+    first = [next((t for _, t, x in run["curve"] if x >= goal), math.inf) for run in runs]
+    good = [x >= goal for x in scores(runs)]
+    return (all(good) and max(first) < 60 or (PART if min(first) < math.inf else False),
+            f"{sum(good)} of {len(good)} runs end there", "by seed: first there after "
+            + " ".join(f"{t:.0f}".replace("inf", "-") for t in first) + " s; in the end "
+            + " ".join(form(x).split()[0] for x in scores(runs)))
 
 
-@functools.cache
-def torch_painter(device):
-    torch, layers = peers(), []
-    for C, F in itertools.pairwise((4, 32, 32, 64, 64, 1)):
-        layers += [torch.nn.Conv2d(C, F, 1), torch.nn.ReLU()]
-    network = torch.nn.Sequential(*layers[:-1]).to(device)
-    grid = torch.tensor(cr.coord_channels((64, 64)), device=device).expand(16, 2, 64, 64)
-    return (network, torch.optim.Adam(network.parameters(), lr=0.005, betas=(0.9, 0.99)),
-            torch.rand(16, 2, 1, 1, device=device) * 2 - 1, grid,
-            torch.arange(16, device=device))
+# THE DISPUTE -------------------------------------------------------------------------------------
+
+def on_both(name, run, seeds=None, cut=None, **recipe):
+    """An experiment on each split."""
+    return {f"{name} {split}": Experiment(run, {"split": split, **recipe}, seeds, cut)
+            for split in SPLITS}
 
 
-def decode_speed(lab, seed):
-    coords = np.random.default_rng(0).integers(0, 64, (4096, 2))
-    images = cr.encode(lab.xp.asarray(coords), (64, 64))
-    few = cr.to_numpy(images[:64])
-    spent = interleaved([lambda: cr.decode(images), images.sum,
-                         lambda: [listing(image[0]) for image in few]],
-                        lab.settings["repeats"], lab.xp)
-    return {"seconds": spent[:, 0].tolist(), "of_sum": float(np.median(spent[:, 1] / spent[:, 0])),
-            "score": float(64 * np.median(spent[:, 2] / spent[:, 0]))}
+CUT = {"steps": 20}
+PAINT = {       # a short memory of gradients is what the quadrant split needs
+    "beta1": 0.7, "beta2": 0.95, "iou_every": 8,
+    "square": {"steps": 200, "batch_size": 4, "learning_rate": 0.01}}
+DECONV = {"learning_rate": 0.005, "batch_size": 16, "curve": 6}
+EXPERIMENTS = {
+    **{run.__name__: Experiment(run, {}, 1) for run in (wired, listed, as_feature, counted)},
+    **on_both("painter relative", painted, start="relative", steps=80, batch_size=4,
+              learning_rate=0.008, **PAINT),
+    "painter he uniform": Experiment(painted, {
+        "split": "uniform", "start": "he", "steps": 300, "batch_size": 2, "learning_rate": 0.012,
+        **PAINT}, cut=CUT),
+    "painter he quadrant": Experiment(painted, {
+        "split": "quadrant", "start": "he", "steps": 600, "batch_size": 1, "learning_rate": 0.01,
+        **PAINT}, cut=CUT),
+    # one seed each: CoordConv's time, and more
+    "deconv uniform": Experiment(deconvolved, {
+        "split": "uniform", "task": "classification", "steps": 600, **DECONV}, 1, CUT),
+    "deconv quadrant": Experiment(deconvolved, {
+        "split": "quadrant", "task": "classification", "steps": 300, **DECONV}, 1, CUT),
+    **on_both("square deconv", deconvolved, 1, CUT, task="rendering", steps=260, **DECONV),
+    **on_both("regressor salient", regressed, model="salient", steps=80, batch_size=4,
+              learning_rate=0.008, beta1=0.5),
+    **on_both("regressor he", regressed, None, CUT, model="he", steps=900, batch_size=1,
+              learning_rate=0.006, beta1=0.5),
+    **on_both("regressor conv", regressed, 1, CUT, model="conv", steps=300, batch_size=4,
+              learning_rate=0.004),
+    **{name: Experiment(control, {"label": label, "coords": "coords" in name, "steps": steps,
+                                  **more}, None if "coords" in name or more else 1)
+       for name, label, steps, more in (
+           ("place", "quadrant", 200, {}), ("place coords", "quadrant", 200, {}),
+           ("place padding", "quadrant", 300, {"padding": "same"}),
+           ("texture", "texture", 300, {}), ("texture coords", "texture", 300, {}),
+           ("biased", "texture", 300, {"training": "biased"}),
+           ("biased coords", "texture", 200, {"training": "biased"}),
+           ("shifted coords", "texture", 300, {"training": "shifted"}))},
+    "decode": Experiment(decode_speed, {"repeats": 3}, 1),
+    "conv": Experiment(conv_speed, {"shapes": 6, "repeats": 3}, 1, {"shapes": 1}, "torch"),
+    "step": Experiment(step_speed, {"steps": 16, "peer": "coordref"}, 1, {"steps": 3}, "", True),
+    "torch step": Experiment(step_speed, {"steps": 16, "peer": "torch"}, 1, {"steps": 3}, "torch",
+                             True),
+}
+WIRED = "Can it be done without training?"
+PIXEL = "Coordinate to pixel: does CoordConv learn what convolution does not?"
+SQUARE = "Coordinate to square: the same, with more to draw?"
+COORD = "Image to coordinate: the same, the other way?"
+FASTER = "Is it 150 times faster, with 10 to 100 times fewer parameters?"
+GAIN = "Why did ImageNet gain nothing?"
+FAST = "Is this file fast?"
+MEAN, WITH = "{shown} in the mean", "{spread[0]} with, {spread[1]} without"
+ROWS = {
+    WIRED: [
+        Row("decoder", "wired by hand it reads every pixel", "critic", "wired", partial(
+            fact, lambda run: run["read"], "all of {positions:,} positions",
+            f"images of {', '.join(f'{H}x{W}' for H, W in SIZES)}; last row and column too")),
+        Row("encoder", "wired by hand it draws every pixel", "critic", "wired", partial(
+            fact, lambda run: run["drawn"], "all of {positions:,} positions", "")),
+        Row("listing", "the critic's listing reads an image", "critic", "listed", partial(
+            fact, lambda run: PART if run["listing"][3:] == [[69, 99], [0, 0]] else False,
+            "one-hot images only",
+            "two pixels: {listing[0]}; half a pixel: {listing[1]}; blank: {listing[2]}")),
+        Row("own-test", "its own test reaches every position", "critic", "listed", partial(
+            fact, lambda run: run["last"] == [69, 99], "draws end at {last} of [69, 99]",
+            "randint(0, size - 1) leaves the last out; there the listing says {listing[3]}")),
+        Row("same", "the critic's network is a CoordConv", "coordref", "listed", partial(
+            fact, lambda run: run["listing"] == run["network"], "the listing's numbers, 5 images",
+            "")),
+        Row("feature", "CoordConv is conv on 2 added features", "critic", "as_feature", partial(
+            fact, lambda run: run["score"] < 1e-12, "to {score:.0e}, gradients too", ""))],
+    PIXEL: [
+        Row("pixel-uniform", "he_normal start, uniform split", "paper", "painter he uniform",
+            partial(by_seed, 0.98, 0.8)),
+        Row("pixel-quadrant", "he_normal start, quadrant split", "paper", "painter he quadrant",
+            partial(by_seed, 0.8, None)),
+        Row("pixel-relative", "relative start, uniform / quadrant", "coordref",
+            "painter relative *", partial(by_seed, 0.98, 0.9)),
+        Row("pixel-deconv", "a deconvolution fails in that time", "paper",
+            "deconv *, painter he *",
+            partial(behind, 1, "he_normal", "seconds", (0.2, 0.2), percent)),
+        Row("pixel-deconv-longer", "and in several times that time", "paper",
+            "deconv *, painter relative *",
+            partial(behind, 2, "the relative start", "seconds", (0.2, 0.2), percent))],
+    SQUARE: [
+        Row("square-he", "he_normal start, uniform / quadrant", "paper", "painter he *",
+            partial(by_seed, 0.8, None, form=iou, key="iou",
+                    note="IoU; pixel and square learned apart")),
+        Row("square-relative", "relative start, uniform / quadrant", "coordref",
+            "painter relative *", partial(by_seed, 0.98, 0.9, form=iou, key="iou")),
+        Row("square-deconv", "a deconvolution: IoU up to .83 / .36", "paper",
+            "square deconv *, painter relative *",
+            partial(behind, 2, "the relative start", "both parts", (0.83, 0.36), iou))],
+    COORD: [
+        Row("coord-he", "one net for both splits, he_normal", "paper", "regressor he *", some),
+        Row("coord-salient", "one net for both splits, our start", "coordref",
+            "regressor salient *", partial(by_seed, 0.5, 3, form=px)),
+        Row("coord-conv", "a convolution learns the uniform split", "paper",
+            "regressor conv uniform", partial(fact, lambda run: run["mean"] < 5, "{shown}",
+                                              "one seed", form=px)),
+        Row("coord-conv-quadrant", "a convolution fails on the quadrant", "paper",
+            "regressor conv quadrant", partial(fact, lambda run: run["mean"] > 5, "{shown}",
+                                               "one seed", form=px))],
+    FASTER: [
+        Row("factor", "CoordConv learns 150 times faster", "paper",
+            "deconv uniform, painter he uniform", factor),
+        Row("parameters", "with 10 to 100 times fewer parameters", "paper", "counted", partial(
+            fact, lambda run: run["inside"] == 9 or PART,
+            "{least:.0f} to {most:.0f} times",
+            "for {inside} of the paper's 9 deconvolutions; CoordConv has {ours:,}"))],
+    GAIN: [
+        Row("resnet", "ResNet-50 runs, with and without", "article", "counted", partial(
+            fact, lambda run: run["plain"] == 25_557_032 and np.isfinite(run["logits"]).all(),
+            "{plain:,} parameters", "{more:,} more with coordinates in a first layer")),
+        Row("texture", "no gain where the class is no place", "article",
+            "texture coords, texture", partial(
+                fact, lambda run: abs(run["mean"] - run["all"][1][0]) < 0.03, WITH, "")),
+        Row("place", "coordinates decide where it is", "coordref", "place coords, place", partial(
+            fact, lambda run: median(run["all"][0]) >= 0.98 and run["all"][1] == [0.25], WITH,
+            "quadrant of a patch, no border in reach; 25 % is chance, and exact")),
+        Row("padding", "zero padding in reach leaks the place", "coordref", "place padding",
+            partial(fact, lambda run: 0.6 <= run["mean"] <= 0.85, MEAN, "")),
+        Row("bias", "coordinates learn a bias of the data", "coordref", "biased coords", partial(
+            fact, lambda run: run["mean"] <= 0.93, MEAN,
+            "texture k always in quadrant k; tested where that does not hold")),
+        Row("shifts", "random shifts in training wipe it out", "article", "shifted coords",
+            partial(fact, lambda run: run["mean"] >= 0.99, MEAN, "")),
+        Row("no-bias", "without coordinates it is never learned", "article", "biased",
+            partial(fact, lambda run: run["mean"] >= 0.99, MEAN, ""))],
+    FAST: [
+        Row("conv-speed", "conv takes 1.25 of torch's time at most", "coordref", "conv", partial(
+            fact, lambda run: run["score"] <= 1.25, "{score:.2f} of torch's time",
+            "one core, geometric mean of {shapes} shapes, worst {worst:.2f}")),
+        Row("step-speed", "a training step takes .8 at most", "coordref", "step, torch step",
+            partial(fact, lambda run: run["coordref"] <= 0.8 * run["torch"],
+                    "{coordref:.0f} ms, torch {torch:.0f} ms", "16 images, two threads")),
+        Row("decode-speed", "decode is 300 times the listing's speed", "coordref", "decode",
+            partial(fact, lambda run: run["score"] >= 300, "{score:.0f} times", ""))],
+}
 
 
-# FIGURES -----------------------------------------------------------------------------------------
+# THE PUBLISHED LENGTHS: --full -------------------------------------------------------------------
 
-STYLES = {"relative": ("-", "o", "CoordConv, our start"), "he": ("--", "s", "CoordConv, paper's"),
-          "deconv": (":", "^", "deconvolution"), "salient": ("-", "o", "CoordConv, our start"),
-          "conv": (":", "^", "convolution")}
+def published(seed, xp, *, model, task, split, scale, batch_size, epochs, share=1, learning_rate,
+              decay, l2, **options):
+    """One training of the paper, or a share of it. State and curve are saved at most once a
+    minute: killed at any moment it goes on from there, to the same figures."""
+    net = getattr(cr, model)(*[split] * (model == "conv_regressor"), rng=seed, xp=xp, **options)
+    data, how = cr.not_so_clevr(split), {"task": task, "scale": scale}
+    per_epoch = -(-len(data.train) // batch_size)
+    steps = math.ceil(epochs * per_epoch * share)
+    path = os.path.join(WORK, f"{model}-{task}-{split}-{l2:g}-{seed}-{steps}.npz")
+    os.makedirs(WORK, exist_ok=True)
+    state, curve, end = cr.initial_state(net, seed=seed), np.zeros((epochs, 3)), "done"
+    if os.path.exists(path):
+        state, curve = cr.load(path, (state, curve))
+    begun, done, spent = state, int((curve[:, 0] > 0).sum()), curve[:, 1].max()
+    saved = time.monotonic()
+    start = time.process_time()
+    try:
+        for state in cr.train(begun, data, steps=steps, batch_size=batch_size, decay=decay, l2=l2,
+                              learning_rate=learning_rate, **how):
+            if state.step % per_epoch == 0 or state.step == steps:
+                spent += time.process_time() - start
+                curve[done] = state.step / per_epoch, spent, tested(state.net, data, 5, **how)
+                done += 1
+                if time.monotonic() - saved > 60 * share:
+                    cr.save(path, (state, curve))
+                    saved = time.monotonic()
+                start = time.process_time()
+    except FloatingPointError as error:                 # an outcome like others
+        end = str(error)
+    found = {"score": cr.evaluate(state.net, data, **how), "end": end, "seconds": float(spent),
+             "train": cr.evaluate(state.net, data, part="train", **how)}
+    if os.path.exists(path):
+        os.unlink(path)
+    return {**found, "curve": thinned(curve[:done].tolist(), task)}
 
 
-def of_kind(records, *start):
-    """The records of experiments of which the names start so, by name and seed."""
-    return [records[job] for job in sorted(records, key=str) if job[0].startswith("/".join(start))]
+def thinned(curve, task):
+    """About a hundred points [epoch, core-seconds, score], the best and the last among them."""
+    best = (min if task == "regression" else max)(curve, key=lambda point: point[2], default=None)
+    n = max(len(curve) // 100, 1)
+    return [[round(a, 2), round(b, 1), round(c, 4)] for i, (a, b, c) in enumerate(curve)
+            if i % n == n - 1 or [a, b, c] == best or i == len(curve) - 1]
 
 
-def figure_time(plt, records):
-    """Test accuracy and IoU against training time, a line for every run."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, sharey="row",
+HOW = {"batch_size": 16, "epochs": 50, "decay": "constant", "scale": "pixel"}
+LONG = {**HOW, "model": "deconv_painter", "kernel": 2, "width": 1, "learning_rate": 0.01,
+        "l2": 0.001, "epochs": 1000, "decay": "step"}
+REGRESS = {**HOW, "task": "regression", "batch_size": 256, "epochs": 100, "scale": "unit"}
+PUBLISHED = {name: experiment for name, seeds, recipe in (
+    ("deconv k2 w1", 1, {**LONG, "task": "classification"}),
+    *((f"painter l2 {l2:g}", seeds, {
+        **HOW, "model": "coordconv_painter", "task": "classification", "learning_rate": 0.005,
+        "l2": l2}) for l2, seeds in ((0.001, 5), (0.0, 2))),
+    ("coordconv regressor", 10, {**REGRESS, "model": "coordconv_regressor", "learning_rate": 0.01,
+                                 "l2": 1e-5}),
+    ("conv regressor", 5, {**REGRESS, "model": "conv_regressor", "learning_rate": 0.001,
+                           "l2": 1e-4}),
+    ("renderer", 3, {**HOW, "model": "coordconv_renderer", "task": "rendering", "l2": 0.001,
+                     "learning_rate": 0.005, "kernel": 3}),
+    ("square deconv k2 w1", 1, {**LONG, "task": "rendering"}),
+) for name, experiment in on_both(name, published, range(seeds), {"share": 0.01},
+                                  **recipe).items()}
+TOP = "best on the way {best:.2f}, training part {train:.2f}; {seconds:,.0f} s of a core"
+FULL_ROWS = {
+    PIXEL: [
+        *(Row(f"full-deconv-{split}", f"a deconvolution: up to {top:.0%}, {split}", "paper",
+              f"deconv k2 w1 {split}", partial(
+                  fact, lambda run, top=top: run["score"] < top + 0.005, "{shown}", TOP))
+          for split, top in zip(SPLITS, (0.86, 0))),
+        *(Row(f"full-painter-l2-{l2}-{split}", f"100 % in seconds, {split}, l2 {l2}", "paper",
+              f"painter l2 {l2} {split}", partial(in_seconds, 1, percent))
+          for l2 in ("0.001", "0") for split in SPLITS)],
+    SQUARE: [
+        *(Row(f"full-renderer-{split}", f"CoordConv reaches IoU 1, {split}", "paper",
+              f"renderer {split}", partial(in_seconds, 0.99, iou)) for split in SPLITS),
+        *(Row(f"full-square-deconv-{split}", f"a deconvolution: IoU up to {top}, {split}",
+              "paper", f"square deconv k2 w1 {split}", partial(
+                  fact, lambda run, top=top: run["score"] < top + 0.005, "{shown}", TOP,
+                  form=iou)) for split, top in zip(SPLITS, (0.83, 0.36)))],
+    COORD: [
+        Row("full-coord", "one CoordConv net for both splits", "paper", "coordconv regressor *",
+            some),
+        Row("full-conv-uniform", "a convolution learns the uniform split", "paper",
+            "conv regressor uniform", partial(by_seed, 1, 1, form=px)),
+        Row("full-conv-quadrant", "a convolution fails on the quadrant", "paper",
+            "conv regressor quadrant", partial(fact, lambda run: min(run["all"][0]) > 2,
+                                               "{spread[0]}", "", form=px))],
+    FASTER: [
+        Row("full-factor", "CoordConv learns 150 times faster", "paper",
+            "deconv k2 w1 uniform, painter l2 0.001 uniform", factor)],
+}
+
+
+# OPS, VECTORS, FIGURES ---------------------------------------------------------------------------
+
+def ops(repeats=5):
+    """A line a shape, then the cost against size: one thread a side, by processor time."""
+    from scipy.signal import correlate
+
+    torch = None if "torch" in MISSING else importlib.import_module("torch")
+    a, ratios = np.ones((1024, 1024), np.float32), {"/torch": {}, "CoordConv/conv": {}}
+    peak = float(2 * len(a) ** 3 / alternating([lambda: a @ a], 9)[0])
+    print(f"float32; the peak is a matrix product's, {peak / 1e9:.0f} GFLOP/s\n{'':21}"
+          f"{'forward':>11}{'backward':>11}{'of peak':>9}{'/torch':>8}{'backward':>10}"
+          f"{'CoordConv/conv':>16}{'/scipy':>9}")
+    for name, (N, C, F, size, k, options) in SHAPES.items():
+        peers = [cr.conv] + [cr.coord_conv] * ("groups" not in options) + [torch] * bool(torch)
+        sides = [passes(N, C, F, size, k, options, peer) for peer in peers]
+        spent = np.array([alternating(programs, repeats) for programs in list(zip(*sides))[:2]]).T
+        both, nan = spent.sum(axis=1), math.nan
+        over = [*spent[0] / spent[-1], both[0] / both[-1]] if torch else [nan] * 3
+        coords = both[1] / both[0] if cr.coord_conv in peers else nan
+        ratios["/torch"][name], ratios["CoordConv/conv"][name] = over[2], coords
+        # one image under one filter, times both: scipy has no batch, no stride and no gaps
+        x = np.ones((C // options.get("groups", 1), *size), np.float32)
+        w = x[(..., *[slice(k)] * len(size))]
+        scipy = alternating([partial(correlate, x, w, "same")], 1)[0] * N * F
+        print(f"{name:21}{1e3 * spent[0, 0]:8.2f} ms{1e3 * spent[0, 1]:8.2f} ms"
+              f"{6 * sides[0][2] / both[0] / peak:9.2f}{over[0]:8.2f}{over[1]:10.2f}{coords:16.2f}"
+              f"{spent[0, 0] / scipy:9.2g}".replace("nan", "  -"), flush=True)
+    for what, found in ratios.items():
+        values = {name: float(x) for name, x in found.items() if x == x} or {"none": nan}
+        print(f"{what}, both passes: geometric mean {geometric_mean(values.values()):.2f}, worst "
+              "{1:.2f} ({0})".format(*max(values.items(), key=lambda item: item[1])))
+    print("ns a multiplication, both passes, 3x3; N = 2, C = F = 16, H = W = 32, and one doubled:")
+    for axis, name in enumerate(("N", "C", "H W")):
+        for n in range(5):
+            N, C, H = (m * 2 ** (n * (i == axis)) for i, m in enumerate((2, 16, 32)))
+            *pair, count = passes(N, C, C, (H, H), 3, {"padding": 1})
+            print(f"{name * (n == 0):4}{(N, C, H)[axis]:6}: "
+                  f"{1e9 * sum(alternating(pair, repeats)) / 3 / count:.3f}",
+                  end="\n" if n == 4 else "", flush=True)
+
+
+def vectors(path):
+    fail(f"vectors {path}: nothing here checks them yet")
+
+
+PICTURES = ("deconv quadrant", "painter he quadrant", "painter relative quadrant")
+
+
+def draw_positions(plt, runs):
+    """What each network paints right over all positions."""
+    data, coords = cr.not_so_clevr("quadrant"), cr.not_so_clevr().coords
+    hot, _ = cr.forward(cr.encoder_network((64, 64)), coords.astype(np.float32)[:, :, None, None])
+    told = [next(run["picture"] for name, run in runs if name == wanted) for wanted in PICTURES]
+    figure, axes = plt.subplots(1, 4, figsize=(9, 2.9), sharey=True, layout="constrained")
+    for ax, found, title in zip(
+            axes, [*told, hot.reshape(len(hot), -1).argmax(axis=1)],
+            ("deconvolution", "CoordConv, he_normal", "CoordConv, our start", "wired by hand")):
+        right, picture = np.array(found) == coords @ [64, 1], np.full((64, 64), np.nan)
+        picture[tuple(coords.T)] = right
+        ax.imshow(picture, plt.matplotlib.colors.ListedColormap(["0.82", "#0072b2"]),
+                  interpolation="nearest", vmin=0, vmax=1)
+        ax.plot([32.5, 59.5, 59.5, 32.5, 32.5], [32.5, 32.5, 59.5, 59.5, 32.5], color="#d55e00")
+        ax.set(xlim=(3, 60), ylim=(60, 3), xlabel="column", ylabel="row" if ax is axes[0] else "")
+        ax.set_title(f"{title}\ntrain {percent(right[data.train].mean())}, "
+                     f"test {percent(right[data.test].mean())}", fontsize=9)
+    figure.suptitle("Positions painted right (blue) and wrong (grey); trained outside the frame, "
+                    "tested inside", fontsize=10)
+    return figure
+
+
+def draw_time(plt, runs):
+    """Score against core-seconds, a line for every run."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="row", sharey="row",
                                 layout="constrained")
-    for line, (task, label) in zip(axes, (("classification", "test accuracy (%)"),
-                                          ("rendering", "test IoU"))):
-        for ax, split in zip(line, SPLITS):
-            seen = set()
-            for r in of_kind(records, task, split):
-                dash, marker, name = STYLES[r["experiment"].split("/")[2].split()[0]]
-                spent, _, values = zip(*r["curve"], (r["seconds"][0], 0, r["score"]))
-                scale = 100 if task == "classification" else 1
-                ax.plot(spent, [scale * v for v in values], dash, marker=marker, color="black",
-                        markersize=4, markerfacecolor="white", linewidth=1,
-                        label=None if name in seen else name)
-                seen.add(name)
-            ax.set(title=f"{task}, {split} split", xscale="log", xlabel="training time (s)")
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.xaxis.set_minor_formatter("")
-            ax.grid(alpha=0.3)
-        line[0].set_ylabel(label)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle("Score on the test part against training time, every run")
+    lines = {"relative": ("#0072b2", "o"), "salient": ("#0072b2", "o"), "he": ("#e69f00", "s"),
+             "conv": ("black", "^")}
+    for name, run in runs:
+        kind, *start, split = name.replace("deconv", "painter conv").split()
+        if kind in ("painter", "regressor"):
+            (color, marker), (_, spent, found) = lines[start[0]], np.transpose(run["curve"])
+            axes[int(kind == "regressor"), SPLITS.index(split)].plot(
+                spent, found * (100 if kind == "painter" else 1), color=color, marker=marker,
+                markersize=4, linewidth=1)
+    for (i, j), ax in np.ndenumerate(axes):
+        ax.set(xscale="log", xlabel="core-seconds of training",
+               title=f"{('coordinate to pixel', 'image to coordinate')[i]}, {SPLITS[j]} split",
+               ylabel=("test positions right (%)", "mean distance (pixels)")[i] * (j == 0))
+        ax.grid(alpha=0.3)
+    figure.legend([plt.Line2D([], [], color=c, marker=m) for c, m in [*lines.values()][1:]],
+                  ["CoordConv, our start", "CoordConv, he_normal", "without coordinates"],
+                  loc="outside lower center", ncols=3)
     return figure
-
-
-def figure_positions(plt, records):
-    """Which test positions are right, for a deconvolution, CoordConv and the wired network."""
-    figure, axes = plt.subplots(2, 3, figsize=(9, 6.6), layout="constrained")
-    for line, split in zip(axes, SPLITS):
-        data = cr.not_so_clevr(split)
-        coords = data.coords[data.test]
-        encoder = cr.encoder_network((data.canvas,) * 2)
-        drawn = cr.forward(encoder, coords.astype(np.float32)[:, :, None, None])[0]
-        for ax, name, runs in zip(
-                line, ("deconvolution", "CoordConv, our start", "wired by hand"), (
-                    of_kind(records, "classification", split, "deconv"),
-                    of_kind(records, "classification", split, "relative"),
-                    [{"predicted": cr.decode(drawn)}])):
-            told = next((np.array(r["predicted"]) for r in runs if "predicted" in r), None)
-            if told is None:
-                ax.set_title(f"{name}\nnot run")
-                continue
-            test = coords[::-(-len(coords) // len(told))]
-            right = (told == test).all(axis=1)
-            for seen, style in ((right, {"color": "black"}),
-                                (~right, {"facecolor": "white", "edgecolor": "black",
-                                          "linewidth": 0.4})):
-                ax.scatter(*test[seen, ::-1].T, marker="s", s=6, **style)
-            ax.set(title=f"{name}\n{100 * right.mean():.1f} % right", aspect="equal",
-                   xlim=(-1, data.canvas), ylim=(data.canvas, -1), xlabel="column (pixels)",
-                   ylabel=f"{split} split\nrow (pixels)")
-    figure.suptitle("Pixel from coordinate: test positions that are right (black) and wrong "
-                    "(white), first seed")
-    return figure
-
-
-def figure_predictions(plt, records):
-    """Predicted positions of the regression at some test positions, first seed."""
-    figure, axes = plt.subplots(2, 3, figsize=(9, 6.6), layout="constrained")
-    for line, split in zip(axes, SPLITS):
-        for ax, kind in zip(line, ("conv", "he", "salient")):
-            ax.set(title=STYLES[kind][2], xlim=(-1, 64), ylim=(64, -1), aspect="equal",
-                   xlabel="column (pixels)", ylabel=f"{split} split\nrow (pixels)")
-            for r in [r for r in of_kind(records, "regression", split, kind)
-                      if "predicted" in r]:
-                data = cr.not_so_clevr(split)
-                told = np.array(r["predicted"])
-                test = data.coords[data.test][::-(-len(data.test) // len(told))]
-                for (row, col), (row_told, col_told) in zip(test[::9], told[::9]):
-                    ax.plot([col, col_told], [row, row_told], "-", color="0.6", linewidth=0.8)
-                ax.plot(*told[::9, ::-1].T, "x", color="black", markersize=4, label="predicted")
-                ax.plot(*test[::9, ::-1].T, "o", color="black", markersize=3, label="true",
-                        markerfacecolor="white")
-                ax.set_title(f"{STYLES[kind][2]}\n{r['score']:.2f} pixels off, seed {r['seed']}")
-    figure.legend(*axes[0, 2].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle("Regression: where every ninth test position is and where it was predicted")
-    return figure
-
-
-def figure_speed(plt, records):
-    """Time over torch, for shapes of convolution and for the training step."""
-    bars = [(f"{a['shape']}, {a['pass']}", a["over_torch"])
-            for r in of_kind(records, "speed", "convolution") for a in r["lines"]
-            if "over_torch" in a]
-    bars += [("training step of the painter", r["score"])
-             for r in of_kind(records, "speed", "step") if "score" in r]
-    figure, ax = plt.subplots(figsize=(9, 1.5 + 0.4 * len(bars)), layout="constrained")
-    if bars:
-        names, ratios = zip(*bars[::-1])
-        ax.barh(names, ratios, color="0.75", edgecolor="black", hatch="//")
-        ax.axvline(1, color="black", linestyle="--")
-    ax.set(title="Time over torch's (1 is as fast; lower is faster)", xlabel="time / torch's time")
-    return figure
-
-
-def draw(folder, records):
-    """Write every figure to a folder as PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    os.makedirs(folder, exist_ok=True)
-    for make in (figure_time, figure_positions, figure_predictions, figure_speed):
-        figure = make(plt, records)
-        path = os.path.join(folder, make.__name__.removeprefix("figure_") + ".png")
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-        print(path)
 
 
 # THE COMMAND -------------------------------------------------------------------------------------
 
-SCHEMA = "coordref bench 1"
+class Job(NamedTuple):
+    name: str
+    seed: int
+    recipe: str             # JSON, so that a job is its own key
 
 
-def processor():
+def start_worker():
+    """Ctrl-C is for the process that gave the work; when that is gone, nobody waits for this."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1),
+                     daemon=True).start()
+
+
+def make_run(run, job, device):
+    start, recipe = time.process_time(), json.loads(job.recipe)
+    return {"recipe": recipe, **run(job.seed, cr.best_module() if device == "gpu" else np,
+                                    **recipe), "core_seconds": time.process_time() - start}
+
+
+def run_all(jobs, experiments, device):
+    """Yield (job, run, error) as jobs end. Each core has a pool of one process, so that one that
+    dies takes only its own job along; what runs alone comes last, each in a new process."""
+    context = multiprocessing.get_context("spawn")
+    fresh = partial(concurrent.futures.ProcessPoolExecutor, 1, context, start_worker)
+    waiting = sorted(jobs, key=lambda job: experiments[job.name].alone)
+    free, active = [fresh() for _ in jobs[:CORES]], {}
     try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file
-                        if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        while waiting or active:
+            while waiting and free and not (active and experiments[waiting[0].name].alone):
+                job, pool = waiting.pop(0), free.pop()
+                if experiments[job.name].alone:
+                    free, pool = [], fresh()
+                active[pool.submit(make_run, experiments[job.name].run, job, device)] = pool, job
+            show(f"{len(waiting) + len(active)} of {len(jobs)} runs to go; now "
+                 + ", ".join(f"{job.name} seed {job.seed}" for _, job in active.values()))
+            for task in concurrent.futures.wait(active, 0.5, "FIRST_COMPLETED").done:
+                (pool, job), error = active.pop(task), task.exception()
+                died = isinstance(error, concurrent.futures.process.BrokenProcessPool)
+                free.append(fresh() if died else pool)
+                yield job, None if error else task.result(), error and (
+                    "its process died" if died else f"{type(error).__name__}: {error}")
+    finally:
+        for child in multiprocessing.active_children():
+            child.terminate()
 
 
-def environment(mode, seeds, xp):
-    try:
-        torch = importlib.metadata.version("torch")     # its import takes seconds
-    except importlib.metadata.PackageNotFoundError:
-        torch = None
-    return {"date": time.strftime("%Y-%m-%d"), "processor": processor(), "cores": os.cpu_count(),
-            "python": platform.python_version(), "numpy": np.__version__,
-            "scipy": scipy.__version__, "torch": torch,
-            "coordref": cr.__version__, "device": "cpu" if xp is np else "gpu", "mode": mode,
-            "seeds": seeds}
+def show(text=""):
+    """A line of progress, on a terminal, that the next line replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{clip(text)}", end="", file=sys.stderr, flush=True)
 
 
-def judged(row, runs):
-    """What was measured and the verdict, or None for both while a run is missing."""
-    if not runs.have(row.needs):
-        return None, None
-    return row.judge(runs.settings, *map(runs.of, row.needs))
+def clip(text):
+    return text if len(text) <= 99 else text[:96] + "..."
 
 
-def document(where, table, runs, others=()):
-    """What the file holds: finished rows whole, others with the runs that they have so far."""
+def jobs_of(row, experiments, options):
+    """The jobs of each experiment that a row needs."""
     found = []
-    for row in table:
-        measured, verdict = judged(row, runs)
-        found.append({"id": row.id, "claim": row.claim, "source": row.source,
-                      "measured": measured, "verdict": verdict,
-                      "runs": [runs.records[job] for job in runs.jobs(row.needs)
-                               if job in runs.records]})
-    return {"schema": SCHEMA, "environment": where, "rows": [*found, *others]}
-
-
-def read_json(path):
-    with open(path) as file:
-        found = json.load(file)
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not a file of this command: no schema {SCHEMA!r}")
+    for name in [need.replace("*", split) for need in row.needs.split(", ")
+                 for split in SPLITS[:1 + ("*" in need)]]:
+        _, recipe, own, cut, *_ = experiments[name]
+        recipe = {**recipe, **(cut if options.quick and cut else {})}
+        found.append([Job(name, seed, json.dumps(recipe, sort_keys=True)) for seed in (
+            own if isinstance(own, range) else options.seeds[:own])])
+        if options.figures and name in PICTURES:
+            found[-1][0] = found[-1][0]._replace(
+                recipe=json.dumps({**recipe, "picture": True}, sort_keys=True))
     return found
 
 
-def compare(old, new):
-    """Lines that tell what changed: verdicts, and figures of which the ranges over the runs do
-    not overlap, where both sides have two runs or more."""
-    before = {row["id"]: row for row in old["rows"]}
-    for row in new["rows"]:
-        was = before.get(row["id"])
-        if was is None or None in (was["verdict"], row["verdict"]):
-            continue
-        if was["verdict"] != row["verdict"]:
-            yield f"{row['id']}: the verdict was {was['verdict']!r}, is {row['verdict']!r}"
-        for name in dict.fromkeys(r["experiment"] for r in row["runs"]):
-            sides = [[r for r in side["runs"] if r["experiment"] == name] for side in (was, row)]
-            for what in ("score", "seconds"):
-                a, b = ([v for r in side for v in np.atleast_1d(r.get(what, []))]
-                        for side in sides)
-                if min(len(a), len(b)) > 1 and (min(a) > max(b) or min(b) > max(a)):
-                    yield (f"{row['id']}: {what} of {name} was {np.median(a):.4g}, is "
-                           f"{np.median(b):.4g}")
+def judged(question, row, jobs, done, errors, experiments, quick):
+    """A row as --json has it, but with a figure and a note for measured."""
+    groups = [[{**job._asdict(), **done[job]} for job in group if job in done] for group in jobs]
+    runs, every = sum(groups, []), sum(jobs, [])
+    needs = [experiments[group[0].name] for group in jobs]
+    missing = [need.package for need in needs if need.package in MISSING]
+    failed = [f"{job.name}, seed {job.seed}: {errors[job]}" for job in every if job in errors]
+    if missing:
+        verdict, figure, note = None, f"needs {missing[0]}", f"pip install {missing[0]}"
+    elif len(runs) < len(every):
+        verdict, figure, note = None, f"{len(runs)} of {len(every)} runs", "".join(failed[:1])
+    else:
+        found, figure, note = row.judge(*groups)
+        verdict = PART if found == PART else "holds" if found else "fails"
+        if quick and any(need.cut for need in needs):
+            verdict, note = None, "not judged: trainings were cut short"
+    return {"id": row.id, "question": question, "claim": row.claim, "source": row.source,
+            "verdict": verdict, "figure": figure, "note": note, "runs": runs,
+            "seconds": sum(run.get("core_seconds", run.get("seconds")) for run in runs)}
+
+
+def lines_of(row, markdown):
+    verdict, figure, note = row["verdict"] or "-", row["figure"], row["note"]
+    if markdown:
+        return [f"| {verdict} | {row['claim']} | {figure} | {row['source']} |",
+                *[f"| | | {note} | |"] * bool(note)]
+    if len(figure) > 33:
+        figure, note = "", "; ".join(filter(None, (figure, note)))
+    spent = row["seconds"]
+    spent = f"{spent:.0f} s" if spent < 999 else f"{spent / 3600:.1f} h"
+    return [f"  {verdict:7} {row['claim']:40} {figure:33} {row['source']:8} {spent:>5}",
+            *[f"{'':10}{note}"] * bool(note)]
+
+
+def table(rows, experiments, options):
+    """Print the rows as their runs come in; return the exit status."""
+    start, told, errors, status = time.monotonic(), [], {}, 0
+    stamp, path = STAMP + options.device, KEPT
+    if options.full:        # these runs are kept for good, whatever version they are of
+        stamp, path = None, os.path.join(WORK, "quick.jsonl") if options.quick else FULL
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    done = read_runs(path, stamp)
+    plan = [(question, row, jobs_of(row, experiments, options)) for question, row, _ in rows]
+    every = list(dict.fromkeys(job for *_, groups in plan for job in sum(groups, [])))
+    waiting = [job for job in every
+               if job not in done and experiments[job.name].package not in MISSING]
+    where = {"date": time.strftime("%Y-%m-%d"), "coordref": cr.__version__,
+             "numpy": np.__version__, "torch": "torch" not in MISSING and
+             importlib.metadata.version("torch"), "python": platform.python_version(),
+             "cores": CORES, "device": options.device}
+
+    def tell():
+        """Print the next rows whose runs are not waited for."""
+        for question, row, jobs in plan[len(told):]:
+            if any(job in waiting for job in sum(jobs, [])):
+                break
+            lines = [f"| | **{question}** | | |"] if options.markdown else ["", question]
+            lines = lines if not told or told[-1]["question"] != question else []
+            told.append(judged(question, row, jobs, done, errors, experiments, options.quick))
+            show()
+            print("\n".join(map(clip, lines + lines_of(told[-1], options.markdown))), flush=True)
+
+    print("| verdict | claim | measured | source |\n| --- | --- | --- | --- |" if options.markdown
+          else clip(", ".join(f"{name} {value}" for name, value in where.items())))
+    runs = run_all(list(waiting), experiments, options.device)
+    try:
+        tell()
+        for job, run, error in runs:
+            waiting.remove(job)
+            if error:
+                errors[job], status = error, 1
+            else:
+                done[job] = {**run, **({"stamp": stamp} if stamp else {})}
+                with open(path, "a") as file:
+                    file.write(json.dumps([job.name, job.seed, done[job]]) + "\n")
+            tell()
+    except KeyboardInterrupt:
+        runs.close()
+        status = 130
+        waiting.clear()
+        tell()
+    show()
+    if not options.markdown:
+        counts = collections.Counter(row["verdict"] or "not judged" for row in told)
+        spent = sum(done[job].get("core_seconds", 0) for job in every if job in done)
+        print(f"\n{len(told)} rows: " + ", ".join(f"{n} {v}" for v, n in counts.items())
+              + f"; {time.monotonic() - start:.0f} s, {spent:.0f} core-seconds")
+    if options.json:
+        for row in told:
+            row["measured"] = "; ".join(filter(None, (row.pop("figure"), row.pop("note"))))
+        with open(options.json, "w") as file:
+            json.dump({"environment": where, "rows": told}, file, indent=1)
+    if options.figures and not status:
+        from matplotlib import pyplot as plt
+
+        os.makedirs(options.figures, exist_ok=True)
+        for name, draw in (("positions", draw_positions), ("time", draw_time)):
+            draw(plt, [(job.name, done[job]) for job in every if job in done]).savefig(
+                os.path.join(options.figures, f"{name}.png"), dpi=100)
+    if not status and not options.full and os.path.exists(path):
+        os.unlink(path)
+    return status
+
+
+def read_runs(path, stamp):
+    """The runs by job of a file of lines [name, seed, run]; the last may have been cut off."""
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        lines = [json.loads(line) for line in file if line.endswith("\n")]
+    return {Job(name, seed, json.dumps(run["recipe"], sort_keys=True)): run
+            for name, seed, run in lines if run.get("stamp") == stamp}
 
 
 def seeds(text):
-    """N as the seeds from 0 to N - 1, or FROM:TO as a range."""
-    first, last = re.fullmatch(r"(?:(\d+):)?(\d+)", text).groups()
-    found = list(range(int(first or 0), int(last)))
-    if not found:
-        raise ValueError(text)
-    return found
+    """N as the seeds from 10 to 9 + N, A:B as those from A to B - 1."""
+    first, last = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,6})", text).groups()
+    return list(range(int(first or 10), int(last) + (0 if first else 10))) or seeds("")
 
 
-def options():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=("dispute", "ops"), default="dispute",
-                        help="the table of verdicts, or the speed of convolution")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--quick", action="store_true", help="one seed and short trainings")
-    mode.add_argument("--full", action="store_true", help="the published lengths, ten seeds; "
-                      "keeps its runs in the JSON file (bench-full.json) and goes on from there")
-    parser.add_argument("--list", action="store_true", help="list the rows and stop")
-    parser.add_argument("--only", metavar="REGEX", default="", help="rows of which the id matches")
-    parser.add_argument("--seeds", type=seeds, metavar="N", help="seeds 0 to N-1, or FROM:TO")
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write every figure to a file")
-    parser.add_argument("--compare", metavar="OLD.json", help="tell what changed since OLD.json")
-    parser.add_argument("--figures", metavar="DIR", help="draw the figures (needs matplotlib)")
-    return parser
+def fail(message):
+    print(clip(f"bench.py: {' '.join(message.split())}"), file=sys.stderr)
+    sys.exit(2)
 
 
-def main(arguments=None):
-    parser = options()
-    config = parser.parse_args(arguments)
-    mode = "quick" if config.quick else "full" if config.full else "default"
-    settings = {**MODES[mode], **({"seeds": config.seeds} if config.seeds else {})}
-    try:
-        every = rows(settings)
-        table = [row for row in every if re.search(config.only, row.id)]
-        old = read_json(config.compare) if config.compare else None
-    except (re.error, OSError, ValueError) as error:
-        parser.error(str(error))
-    if config.figures and not importlib.util.find_spec("matplotlib"):
-        parser.error("--figures needs matplotlib: pip install matplotlib")
-    if config.list or not table:
-        print("\n".join(f"{row.id:24} {row.source}: {row.claim}" for row in table or every))
-        return 0 if table else parser.error(f"--only {config.only!r} matches none of these rows")
-    xp = np if config.device == "cpu" else cr.best_module()
-    if config.device == "gpu" and xp is np:
-        parser.error("--device gpu: CuPy finds no device that answers")
-
-    where = environment(mode, settings["seeds"], xp)
-    print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
-    if config.what == "ops":
-        found = ops(settings["repeats"], xp)
-        if config.json:
-            write_json(config.json, {"environment": where, **found})
-        return 0
-
-    path, others, records = config.json or ("bench-full.json" if config.full else None), [], []
-    if path and os.path.exists(path):
+def parsed():
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("what", nargs="?", choices=("dispute", "ops", "vectors"),
+                        default="dispute", help="the table, or the speed, or a check of a file")
+    parser.add_argument("file", nargs="?", metavar="FILE.npz")
+    for name, text in (("quick", "cut long trainings"), ("full", "the published lengths"),
+                       ("list", "show the rows only"), ("markdown", "for a README")):
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, value, text in (("only", "REGEX", "rows whose line in --list fits"),
+                              ("seeds", "N", "the seeds 10 to 9 + N; or A:B"),
+                              ("json", "FILE", "write rows and runs"),
+                              ("figures", "DIR", "draw two figures")):
+        parser.add_argument(f"--{name}", metavar=value, help=text)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    options = parser.parse_args()
+    for name, read in (("only", re.compile), ("seeds", seeds)):
+        text = getattr(options, name)
         try:
-            found = read_json(path)
-        except ValueError as error:
-            parser.error(f"--json: {error}")
-        changed = [key for key in where if key != "date"
-                   and found["environment"].get(key) != where[key]]
-        if config.full and changed or not config.full and found["environment"]["mode"] == "full":
-            parser.error(f"--json: {path} holds a run with another "
-                         + ", ".join(changed or ["mode"]) + "; name another file")
-        if config.full:
-            others = [row for row in found["rows"] if row["id"] not in {r.id for r in table}]
-            records = [r for row in found["rows"] for r in row["runs"]]
-
-    runs = Runs(settings, xp, records, path)
-    names = list(dict.fromkeys(name for row in table for name in row.needs))
-    rows_of = {name: row.id for row in reversed(table) for name in row.needs}
-
-    def keep():
-        if path:
-            write_json(path, document(where, table, runs, others))
-    start, told, failed = time.perf_counter(), 0, 0
-    try:
-        if config.full or sys.stderr.isatty():
-            left = runs.estimate(names)
-            say()
-        if config.full:
-            print(f"estimated time: {duration(left)}; stop it at any moment and start it again, "
-                  f"{path} keeps the runs", flush=True)
-        if config.quick:
-            print("shortened trainings: of the verdicts, only those of checks count")
-        if runs.workers > 1:
-            print(f"{runs.workers} runs at a time, each training on one core")
-        print("\n| claim | source | measured here | verdict |\n| --- | --- | --- | --- |",
-              flush=True)
-        for _ in itertools.chain([None], runs.make(names, rows_of)):
-            keep()
-            while told < len(table) and runs.have(table[told].needs):
-                row = table[told]
-                measured, verdict = judged(row, runs)
-                failed += row.check and verdict != "holds"
-                told += 1
-                say()
-                print(f"| {row.claim} | {row.source} | {measured} | {verdict} |", flush=True)
-    except KeyboardInterrupt:
-        keep()
-        say()
-        print(f"\ninterrupted after {told} of {len(table)} rows"
-              + (f"; {path} keeps the runs" if path else ""), flush=True)
-        return 130
-    for r in of_kind(runs.records, "speed", "convolution"):
-        print("\nmedians of alternating runs; time over torch, over SciPy\n" + HEADER)
-        print("\n".join(line(a, r["peak_gflops"]) for a in r["lines"]))
-    if old:
-        changes = list(compare(old, document(where, table, runs)))
-        print("\n" + "\n".join(changes or ["nothing changed beyond noise since "
-                                           + config.compare]))
-    if config.figures:
-        draw(config.figures, runs.records)
-    print(f"\n{time.perf_counter() - start:.0f} s in all; "
-          + (f"{failed} checks of coordref failed" if failed else "all checks of coordref passed"))
-    return 1 if failed else 0
+            setattr(options, name, text and read(text))
+        except (AttributeError, re.error):
+            fail(f"--{name} {text}: not understood")
+    return options
 
 
-EXPERIMENTS = experiments()
+def main():
+    options = parsed()
+    rows = [(question, row, f"{row.id:29} {row.source:9} {row.claim}") for question, group in (
+        FULL_ROWS if options.full else ROWS).items() for row in group]
+    rows = [row for row in rows if not options.only or options.only.search(row[2])]
+    given = [f"--{name}" for name, value in vars(options).items()
+             if value and name not in ("what", "file", "device")]
+    out, folder = os.path.abspath(options.json or "bench.json"), options.figures
+    for wrong, message in (
+            (options.what == "vectors" and not options.file, "vectors: FILE.npz is missing"),
+            (options.what != "vectors" and options.file, f"{options.file}: unexpected"),
+            (options.what != "dispute" and given, f"{options.what} takes no {' '.join(given)}"),
+            (options.full and options.seeds, f"--seeds {options.seeds}: --full has its own"),
+            (options.full and folder, f"--figures {folder}: not with --full"),
+            (not rows, f"--only {options.only and options.only.pattern}: no row fits"),
+            (os.path.isdir(out) or not os.access(os.path.dirname(out), os.W_OK),
+             f"--json {options.json}: cannot be written"),
+            (folder and os.path.isfile(folder), f"--figures {folder}: is a file"),
+            (folder and "matplotlib" in MISSING, f"--figures {folder}: needs matplotlib"),
+            (options.device == "gpu" and cr.best_module() is np,
+             "--device gpu: no GPU answers to CuPy")):
+        if wrong:
+            fail(message)
+    if options.list:
+        return print("\n".join(clip(line) for *_, line in rows))
+    if options.what == "dispute":
+        options.seeds = (options.seeds or seeds("3"))[:1 if options.quick else None]
+        return table(rows, PUBLISHED if options.full else EXPERIMENTS, options)
+    return ops() if options.what == "ops" else vectors(options.file)
+
 
 if __name__ == "__main__":
     sys.exit(main())
