@@ -21,20 +21,20 @@ the radius. On the unit scale an axis runs from -1 to 1; an axis of length 1 get
 
 For every differentiable ``f(x, *params, **options)`` the next function is its gradient,
 ``f_backward(dy, x, *params, **options)``: the upstream gradient first, then exactly f's arrays and
-keywords. It returns one gradient per positional array, in f's order (None for one that is None; a
-bare array where f takes one).
+keywords. It returns one gradient per positional array, in f's order (None for one that is None;
+not in a tuple where there is but one).
 
 The line above a function, ``@_arrays(x="N C *size", ...)``, says and checks the shapes of its
 arrays. The arrays of a call are of one module and one dtype, float32 or float64; float16 is
-computed in float32. Functions return new arrays of that dtype and never write to their arguments.
+computed in float32. Functions but to_numpy return new arrays, and none writes to its arguments.
 Where no array comes in, dtype and xp say what to make. rng is a numpy.random.Generator, a seed or
 None; draws are made on the host, so that a CPU and a GPU start from the same bits. TypeError is
 for a wrong kind, ValueError for a wrong value or shape.
 
 Differs:
 From the paper's code: channels are (row, col, radius), there (col, row, radius); each axis is
-scaled by its own length, there by the other's; squares are of ones, there of 128/255, for which
-even the right picture has an IoU of 0.502; input coordinates are scaled to [-1, 1] unless asked
+scaled by its own length, there by the other's; squares are of ones, there of 128/255, so that
+the right picture has an IoU of 128/255; input coordinates are scaled to [-1, 1] unless asked
 otherwise, there raw pixels; dense layers are convolutions over all of their input and take part
 in the l2 term.
 From PyTorch: padding may differ before and after; "same" works at any stride; global pools return
@@ -104,8 +104,8 @@ def array_module(*arrays):
             raise TypeError(f"array_module: wants NumPy or CuPy arrays, got a {type(a).__name__}")
     modules = {np if isinstance(a, np.ndarray) else sys.modules["cupy"] for a in arrays}
     if len(modules) != 1:
-        raise TypeError("array_module: wants arrays of one module, to which cupy.asarray or "
-                        f"to_numpy moves the others, got {len(modules)}")
+        raise TypeError("array_module: wants one or more arrays, all of one module (cupy.asarray "
+                        f"and to_numpy move them), got {len(modules)} modules")
     return modules.pop()
 
 
@@ -125,11 +125,11 @@ def to_numpy(a):
 
 
 def _arrays(half=np.float32, **shapes):
-    """Decorator: check the arrays of a call by their shapes, and compute float16 in half.
+    """Decorator: check the arrays of a call by their shapes; half is what float16 is computed in.
 
     "N C *size" is two axes and one or more behind them; "..." is any number. Axes of one name have
-    the same length throughout a call (C/G is a name too, which the function must check against C),
-    every * stands for the same number of axes, and an array whose shape ends in "?" may be None.
+    the same length throughout a call (C/G and C+K are but names, for the function to check), every
+    * stands for the same number of axes, and an array whose shape ends in "?" may be None.
     """
     axes = {name: shape.removesuffix("?").split() for name, shape in shapes.items()}
 
@@ -146,7 +146,7 @@ def _arrays(half=np.float32, **shapes):
             xp, dtype = _check(f.__name__, arrays, axes)
             for name, a in arrays.items():
                 given[name] = xp.asarray(a, half if dtype == np.float16 else dtype)
-            with np.errstate(under="ignore"):       # what vanishes is zero: exp(-1000)
+            with np.errstate(under="ignore"):       # exp(-1000) is 0, no error
                 y = f(**given)
                 if isinstance(y, tuple):
                     return tuple(a if a is None else xp.asarray(a, dtype) for a in y)
@@ -162,11 +162,12 @@ def _check(fn, arrays, shapes=None):
             way = "" if a is None else "; numpy.asarray converts"
             raise TypeError(f"{fn}: {name} must be a NumPy or CuPy array, got {a!r:.40}{way}")
         if a.dtype not in (np.float16, np.float32, np.float64):
-            way = "numpy.eye(classes)[labels]" if name == "target" else f"{name}.astype(float)"
+            labels = (fn[:13], name) == ("softmax_cross", "target")
             raise TypeError(f"{fn}: {name} must be float16, float32 or float64, got {a.dtype}; "
-                            f"{way} converts")
+                            f"{'numpy.eye(classes)[labels]' if labels else name}"
+                            ".astype(numpy.float32) converts")
     if len({a.dtype for a in arrays.values()}) > 1:
-        raise TypeError(f"{fn}: arrays must share a dtype, got "
+        raise TypeError(f"{fn}: arrays must share a dtype (astype converts), got "
                         + ", ".join(f"{name} {a.dtype}" for name, a in arrays.items()))
     lengths = {"1": (1,)}
     for name, a in arrays.items() if shapes else ():
@@ -239,7 +240,7 @@ def _dtype_and_module(fn, dtype, xp):
 
 def _tell_apart(fn, size, dtype, scale="pixel"):
     """Refuse an image that has more pixels on an axis than the dtype has numbers for."""
-    # floats hold every integer up to 2 / eps, and from -1 to 1 lie no farther apart than eps / 2
+    # floats hold every integer up to 2 / eps; from -1 to 1 they lie no farther apart than eps / 2
     most = (4 if scale == "unit" else 2) / float(np.finfo(dtype).eps) + 1
     if max(size) > most:
         raise ValueError(f"{fn}: {np.dtype(dtype)} tells {most:.0f} pixels apart, size is {size}")
@@ -277,8 +278,7 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
     """The coordinate channels of an image, a (K, *size) array: K = len(size), 1 more with radius.
 
     y[a, i_0, i_1, ...] = axis_coords(size[a])[i_a]     for each axis a
-    y[len(size), ...]   = sqrt(sum_a y[a]^2)            the radius, from where coordinates are 0
-
+    y[len(size), ...]   = sqrt(sum_a y[a]^2)            the radius, the distance from coordinate 0
     scale : "unit" or "pixel", as in axis_coords
 
     >>> coord_channels((2, 3)).tolist()
@@ -288,11 +288,15 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
     return _coords(fn, _size(fn, size), radius, scale, *_dtype_and_module(fn, dtype, xp))
 
 
+def _check_dy(fn, dy, shape):
+    if dy.shape != tuple(shape):
+        raise ValueError(f"{fn}: dy must have the output's shape {(*shape,)}, got {dy.shape}")
+
+
 @_arrays(half=np.float16, x="N C *size")
 def add_coords(x, *, radius=False, scale="unit"):
-    """The images with their coordinate channels, (N, C+K, *size): concatenate(x, coord_channels).
-
-    radius, scale : as in coord_channels
+    """The images with their coordinate channels, (N, C+K, *size): concatenate(x, coord_channels),
+    with radius and scale as there.
 
     >>> add_coords(np.ones((1, 1, 2), np.float32)).tolist()
     [[[1.0, 1.0], [-1.0, 1.0]]]
@@ -300,11 +304,6 @@ def add_coords(x, *, radius=False, scale="unit"):
     xp = array_module(x)
     coords = _coords("add_coords", x.shape[2:], radius, scale, x.dtype, xp)
     return xp.concatenate([x, xp.broadcast_to(coords, (len(x), *coords.shape))], axis=1)
-
-
-def _check_dy(fn, dy, shape):
-    if dy.shape != tuple(shape):
-        raise ValueError(f"{fn}: dy must have the output's shape {(*shape,)}, got {dy.shape}")
 
 
 @_arrays(dy="N C+K *size", x="N C *size")
@@ -329,37 +328,37 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 # A transposed convolution is _correlate_dx run forward; its gradients are the other two.
 #
 # All three are matrix products. The plain way (im2col) copies what the kernel reads into a matrix
-# u with a row for each weight of a filter and a column for each output pixel: y = w @ u. It copies
+# U with a row for each weight of a filter and a column for each output pixel: y = w @ U. It copies
 # every pixel once for each tap. Instead, let t be the index of a tap on the first axis and k' on
 # the others, and take a product for each t:
 #
 #   y = sum_t w[:, :, t] @ u_t        u_t[(c, k'), o] = x[c, o*stride + (t, k')*dilation - before]
 #
-# Call the output pixels with one index on the first axis a line. For a stride of 1, line o of u_t
-# is what line o + t*dilation of u_0 would be. So one array u, with the axes (N, C, k', line, rest)
-# and some more lines than the output, holds them all: u_t is a slice of it, from line t*dilation
-# on. For an output of 4 lines and a kernel of 3:
+# A line is the output pixels that share an index on the first axis. For a stride of 1, line o of
+# u_t is what line o + t*dilation of u_0 would be. So one array u with the axes (N, C, k', run,
+# line, rest), one run and some extra lines holds them all: u_t is a slice of it, from its line
+# t*dilation on. For an output of 4 lines and a kernel of 3:
 #
 #   lines of u     0   1   2   3   4   5
 #   u_0            0   1   2   3
 #   u_1                1   2   3   4
 #   u_2                    2   3   4   5
 #
-# A larger stride s reads only every s-th line of x. Then u has a run of lines for each remainder
-# that t*dilation leaves when divided by s, and u_t starts at line t*dilation // s of that run.
+# A larger stride s reads only every s-th line of x. Then u has a run for each r = t*dilation % s,
+# whose line l is made from line l*s + r - before of x, and u_t starts at line t*dilation // s.
 #
 # With few rows and many filters, adding to all of y for each t costs more than copying. Then each
-# t has a run of its own and the runs are rows too: one product, the plain way. u is made for one
-# block of output pixels after the other, of a size that fits a cache.
+# t has a run of its own, and the runs are rows (c, k', t) of a single u_t, with w laid out alike:
+# the plain way. u is made for one block of output pixels after the other, to fit a cache.
 
-# How a kernel moves over an image, in tuples with one entry per spatial axis: taps, the offsets
-# k*dilation as ranges; stride; before, the padding (negative crops); out, the size of the output.
+# How a kernel moves, with one entry per spatial axis: taps, the offsets k*dilation (a block's
+# first are its runs); stride; before, the padding (negative crops); out, the size of the output.
 _Window = collections.namedtuple("_Window", "taps stride before out")
 
 
 def _overlap(size, count, stride, offset):
     """The o < count for which pixel o*stride + offset exists, and these pixels, as slices."""
-    low = min(max(-(offset // stride), 0), count)       # -(a // b) rounds up
+    low = min(max(-(offset // stride), 0), count)       # -offset / stride, rounded up
     high = max(min((size - 1 - offset) // stride + 1, count), low)
     start = low * stride + offset
     return slice(low, high), slice(start, start + (high - low) * stride, stride)
@@ -370,74 +369,75 @@ def _taps(size, win):
     they read: tuples with one entry per spatial axis."""
     axes = [[(k, *_overlap(n, m, s, tap - p)) for k, tap in enumerate(taps)]
             for n, taps, s, p, m in zip(size, win.taps, win.stride, win.before, win.out)]
-    return [tuple(zip(*tap)) for tap in itertools.product(*axes)]
+    return [tuple(zip(*triples)) for triples in itertools.product(*axes)]
 
 
-# How the matrices u_t lie in u: the rows of each in a group; for each run the offset t*dilation of
-# its first line; for each u_t its run and its first line there; how many more lines a run has.
-_Lowering = collections.namedtuple("_Lowering", "rows runs starts more")
+# How the u_t lie in u: the rows of each in a group; for each run its r above, or t*dilation where
+# runs are rows; for each u_t its run and its first line there; the extra lines of a run.
+_Lowering = collections.namedtuple("_Lowering", "rows runs starts extra")
 
 _BLOCK = 2 ** 20            # numbers in u; 2^18 to 2^21 take the same time within 4 % (2026-11-25)
 
 
 def _lowering(win, C, F, groups):
     taps, stride = win.taps[0], win.stride[0]
-    others, more = math.prod(map(len, win.taps[1:])), taps[-1] // stride
+    others, extra = math.prod(map(len, win.taps[1:])), taps[-1] // stride
     rows = C // groups * others
-    # One product took 0.6 of the time for 3 channels and 64 filters of 3x3, 1.1 for 8 and 16, 1.7
-    # for a group for each channel (2026-11-26). And it needs no more lines, which would fill a
-    # block if they are long or the dilation is large.
-    if 2 * rows < F // groups or 2 * more * C * others * math.prod(win.out[1:]) > _BLOCK:
+    # With 3x3 one product took 0.6 of the time for C=3, F=64, 1.1 for C=8, F=16, and 1.7 for
+    # groups=C (2026-11-26). It also needs no extra lines, which would fill half a block where
+    # lines are long or the dilation is large.
+    if 2 * rows < F // groups or 2 * extra * C * others * math.prod(win.out[1:]) > _BLOCK:
         return _Lowering(rows * len(taps), taps, [(0, 0)], 0)
     runs = sorted({tap % stride for tap in taps})
     starts = [(runs.index(tap % stride), tap // stride) for tap in taps]
-    return _Lowering(rows, runs, starts, more)
+    return _Lowering(rows, runs, starts, extra)
 
 
 def _blocks(N, C, F, win, low):
-    """For each block its images, a slice, its output pixels, slices, and the window of its u: with
-    the runs for taps of the first axis, and with the lines of a run."""
+    """For each block a slice of the images, slices of the output pixels, and the window that makes
+    its u: its first taps are the runs, and its first out the lines of a run."""
     taps = (low.runs, *win.taps[1:])
-    room = max(_BLOCK // max(C * math.prod(map(len, taps)), F, 1), 1)       # in columns
+    room = max(_BLOCK // max(C * math.prod(map(len, taps)), F, 1), 1)   # for columns of u and y
     # whole images if they fit, else whole lines, else pieces of a line
-    piece, space = [], max(room // (1 + low.more), 1)
+    piece, space = [], max(room // (1 + low.extra), 1)
     for m in reversed(win.out[1:]):
         piece.insert(0, max(min(m, space), 1))
         space = max(space // piece[0], 1)
-    lines = max(min(room // math.prod(piece) - low.more, win.out[0]), 1)
-    images = max(room // ((lines + low.more) * math.prod(piece)), 1)
-    total, steps = (N, *win.out), (images, lines, *piece)
+    lines = max(min(room // math.prod(piece) - low.extra, win.out[0]), 1)
+    together = max(room // ((lines + low.extra) * math.prod(piece)), 1)      # images
+    total, steps = (N, *win.out), (together, lines, *piece)
     for start in itertools.product(*(range(0, n, step) for n, step in zip(total, steps))):
-        at, *pixels = (slice(i, min(i + step, n)) for i, step, n in zip(start, steps, total))
+        images, *pixels = (slice(i, min(i + step, n)) for i, step, n in zip(start, steps, total))
         before = tuple(p - o.start * s for p, o, s in zip(win.before, pixels, win.stride))
         first, *rest = (o.stop - o.start for o in pixels)
-        yield at, pixels, _Window(taps, win.stride, before, (first + low.more, *rest))
+        yield images, pixels, _Window(taps, win.stride, before, (first + low.extra, *rest))
 
 
 def _lowered(x, block, fill=True):
-    """u for the images x, or without fill its zeros: (N, C, *kernel[1:], runs, *block.out)."""
+    """u for images x, or zeros: (N, C, *kernel[1:], runs, *block.out), or else a view of x."""
     taps = _taps(x.shape[2:], block)
     view = x[..., *taps[0][2]]
     if fill and len(taps) == 1 and view.shape[2:] == block.out:
-        return view                                     # one run, without padding: no copy
+        return view                                     # one tap, without padding: no copy
     runs, *others = map(len, block.taps)
     u = array_module(x).zeros((*x.shape[:2], *others, runs, *block.out), x.dtype)
-    for (run, *others), of, pixels in taps if fill else ():
-        u[..., *others, run, *of] = x[..., *pixels]
+    if fill:
+        for (run, *others), of, read in taps:
+            u[..., *others, run, *of] = x[..., *read]
     return u
 
 
 def _matrices(u, block, low, groups):
     """The matrices u_t, (N, G, rows, columns): views, where u is contiguous."""
     pixels, lines = math.prod(block.out[1:]), block.out[0]
-    runs = 1 + max(run for run, _ in low.starts)        # but those that are rows
+    runs = 1 + max(run for run, _ in low.starts)        # 1 where the runs are rows
     u = u.reshape(len(u), groups, low.rows, runs * lines * pixels)
-    columns = (lines - low.more) * pixels
+    columns = (lines - low.extra) * pixels
     return [u[..., (run * lines + line) * pixels:][..., :columns] for run, line in low.starts]
 
 
 def _by_tap(w, low, groups=None):
-    """w[:, :, t] for each t: views, or with groups matrices (G, F/G, rows), copied one by one."""
+    """The part of w for each u_t: views, or with groups matrices (G, F/G, rows), one by one."""
     xp, single = array_module(w), len(low.starts) == 1
     views = [xp.moveaxis(w, 2, -1)] if single else [w[:, :, t] for t in range(w.shape[2])]
     if groups is None:
@@ -447,17 +447,17 @@ def _by_tap(w, low, groups=None):
 
 
 def _columns(y, groups):
-    """A block (N, F, *pixels) as matrices (N, G, F/G, columns): views, unless lines were cut."""
+    """A block (N, F, *pixels) as matrices (N, G, F/G, columns): views, unless a line is cut."""
     return y.reshape(len(y), groups, y.shape[1] // groups, math.prod(y.shape[2:]))
 
 
-def _weigh(w, u, out=None):
-    """w @ u, (N, G, F, columns), for w (G, F, rows) and u (N, G, rows, columns)."""
-    xp, (G, F, rows), (N, *_, columns) = array_module(w), w.shape, u.shape
-    # For images so small that this moves fewer numbers than reading w for each: one product for
-    # all, for which tensordot lays their columns side by side. It took an eighth of the time for a
-    # kernel as large as the image (2026-11-26).
-    if G == 1 < N and (rows + F) * columns < rows * F:
+def _product(w, u, out=None):
+    """w @ u, (N, G, f, columns), for w (G, f, rows) and u (N, G, rows, columns)."""
+    xp, (G, f, rows), (N, *_, columns) = array_module(w), w.shape, u.shape
+    # One product for all images, with their columns side by side (tensordot), where copying those
+    # moves fewer numbers than reading w once for each: an eighth of the time for a kernel as large
+    # as the image (2026-11-26).
+    if G == 1 < N and (rows + f) * columns < rows * f:
         y = xp.moveaxis(xp.tensordot(w[0], u[:, 0], axes=(1, 1)), 1, 0)[:, None]
         if out is not None:
             out[...] = y
@@ -466,10 +466,10 @@ def _weigh(w, u, out=None):
     return (xp.multiply if rows == 1 else xp.matmul)(w, u, out=out)
 
 
-def _outer(dy, u):
-    """sum_n dy[n] @ u[n].T, (G, F, rows), for dy (N, G, F, columns), u (N, G, rows, columns)."""
-    (N, G, rows, columns), F = u.shape, dy.shape[2]
-    if G == 1 < N and (rows + F) * columns < rows * F:              # as in _weigh
+def _dw_product(dy, u):
+    """sum_n dy[n] @ u[n].T, (G, f, rows), for dy (N, G, f, columns), u (N, G, rows, columns)."""
+    (N, G, rows, columns), f = u.shape, dy.shape[2]
+    if G == 1 < N and (rows + f) * columns < rows * f:              # as in _product
         return array_module(u).tensordot(dy[:, 0], u[:, 0], axes=((0, 2), (0, 2)))[None]
     return (dy @ u.swapaxes(-1, -2)).sum(axis=0)
 
@@ -482,10 +482,10 @@ def _correlate(x, w, win, groups):
     for images, pixels, block in _blocks(N, C, F, win, low):
         part = y[images, :, *pixels]
         sums, u = _columns(part, groups), _lowered(x[images], block)
-        products = zip(_by_tap(w, low, groups), _matrices(u, block, low, groups))
-        _weigh(*next(products), out=sums)
-        for w_t, u_t in products:
-            sums += _weigh(w_t, u_t)
+        pairs = zip(_by_tap(w, low, groups), _matrices(u, block, low, groups))
+        _product(*next(pairs), out=sums)
+        for w_t, u_t in pairs:
+            sums += _product(w_t, u_t)
         if block.out[1:] != win.out[1:]:                # then sums is not a view
             part[...] = sums.reshape(part.shape)
     return y
@@ -499,16 +499,16 @@ def _correlate_dw(dy, x, win, groups):
     for images, pixels, block in _blocks(N, C, F, win, low):
         part, u = _columns(dy[images, :, *pixels], groups), _lowered(x[images], block)
         for dw_t, u_t in zip(_by_tap(dw, low), _matrices(u, block, low, groups)):
-            dw_t += _outer(part, u_t).reshape(dw_t.shape)
+            dw_t += _dw_product(part, u_t).reshape(dw_t.shape)
     return dw
 
 
 def _correlate_dx(dy, w, win, groups, size):
     """dx, (N, C, *size)."""
     xp, (N, F), C, kernel = array_module(dy), dy.shape[:2], w.shape[1] * groups, w.shape[2:]
-    # Without a stride dx is a convolution too, of dy with the mirrored kernel. With 3x3 that took
-    # 0.9 of the time for 2 filters a channel, 1.15 for 4, 3.5 for 21, and 16 times as long for a
-    # kernel as large as x, since u is made of dy with a column for each pixel of x (2026-11-26).
+    # At a stride of 1 dx is also a convolution, of dy with the mirrored kernel. With 3x3 that took
+    # 0.9 of the time for F = 2C, 1.15 for 4C, 3.5 for 21C, hence 3C > F; and 16 times as long for
+    # a kernel as large as x, for its u has a column for each pixel of x (2026-11-26).
     if set(win.stride) == {1} and 3 * C * math.prod(win.out) > F * math.prod(size):
         w = xp.flip(w, tuple(range(2, w.ndim))).reshape(groups, F // groups, C // groups, *kernel)
         w = w.swapaxes(1, 2).reshape(C, F // groups, *kernel)
@@ -521,9 +521,9 @@ def _correlate_dx(dy, w, win, groups, size):
     for images, pixels, block in _blocks(N, C, F, win, low):
         part, du = _columns(dy[images, :, *pixels], groups), _lowered(dx[images], block, False)
         for w_t, du_t in zip(_by_tap(w, low, groups), _matrices(du, block, low, groups)):
-            du_t += _weigh(w_t.swapaxes(-1, -2), part)
-        for (run, *others), of, at in _taps(size, block):
-            dx[images][..., *at] += du[..., *others, run, *of]
+            du_t += _product(w_t.swapaxes(-1, -2), part)
+        for (run, *others), of, read in _taps(size, block):
+            dx[images][..., *read] += du[..., *others, run, *of]
     return dx
 
 
@@ -532,8 +532,8 @@ def _pads(fn, padding, rank, same):
     if isinstance(padding, str):
         if _choice(fn, "padding", padding, ("same", "valid")) == "valid":
             return ((0, 0),) * rank
-        # the odd pixel goes after, as in TensorFlow, PyTorch and ONNX SAME_UPPER; p < 0, zeros
-        # after the output, is for a transposed convolution with a kernel below its stride
+        # the odd pixel goes after, as in TensorFlow, PyTorch and ONNX SAME_UPPER; p < 0 (of a
+        # transposed convolution with a kernel below its stride) appends zeros to the output
         return tuple((max(p, 0) // 2, p - max(p, 0) // 2) for p in same)
     wanted = 'an integer, one or a (before, after) pair per axis, "valid" or "same"'
     each = padding if isinstance(padding, (tuple, list)) else (padding,) * rank
@@ -628,7 +628,7 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 
 
 def _transpose_window(fn, x, w, b, stride, padding, output_padding, dilation, groups):
-    """The window of the convolution from y to x, whose dx a transposed one is, and y's size."""
+    """The window of the convolution from y to x, of which conv_transpose is dx, and y's size."""
     C, size, kernel = x.shape[1], x.shape[2:], w.shape[2:]
     F = w.shape[1] * _integer(fn, "groups", groups, 1)
     shapes = f"(x.shape={x.shape}, w.shape={w.shape})"
@@ -681,7 +681,7 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
 #   conv(add_coords(x), w, b) = conv(x, w[:, :C]) + conv(coords, w[:, C:], b)
 #
 # where the second term serves the whole batch. An image tiled from one pixel is that pixel times
-# an image of ones, so that its channels can be summed over before:
+# an image of ones, so that its channels can be summed first:
 #
 #   conv(tiled x, w[:, :C])[n] = conv(ones, v[n])         v[n, f] = sum_c x[n, c] * w[f, c]
 
@@ -767,8 +767,9 @@ def _pool_window(fn, x, kernel, stride, padding):
     size = x.shape[2:]
     if not math.prod(size):
         raise ValueError(f"{fn}: x must have pixels, got x.shape={x.shape}")
-    if kernel is None and (stride is not None or not (isinstance(padding, int) and padding == 0)):
-        raise ValueError(f"{fn}: stride and padding want a kernel, got {stride!r} and {padding!r}")
+    padded = not isinstance(padding, Integral) or padding != 0
+    if kernel is None and (stride is not None or padded):
+        raise ValueError(f"{fn}: kernel=None takes no stride or padding, got {stride}, {padding}")
     kernel = size if kernel is None else _per_axis(fn, "kernel", kernel, len(size), 1)
     win = _window(fn, size, kernel, kernel if stride is None else stride, padding)
     # a first or a last window of nothing but padding would have no largest pixel
@@ -943,8 +944,8 @@ def softmax_backward(dy, x):
     return (y * (dy - (dy * y).sum(axis=1, keepdims=True))).reshape(x.shape)
 
 
-def _loss_gradient(fn, x, dy=1.0):
-    """dy of a loss of x, which is one number, an array of no axes; in x's dtype."""
+def _loss_dy(fn, x, dy=1.0):
+    """dy of a loss of x (which is one number, of no axes) in x's dtype; refuses an empty x."""
     if not x.size:
         raise ValueError(f"{fn}: wants at least one example, got shape {x.shape}")
     if _is_array(dy) and dy.shape == () and dy.dtype.kind in "iuf":
@@ -967,7 +968,7 @@ def softmax_cross_entropy(logits, target):
     integer labels, target = numpy.eye(classes, dtype=logits.dtype)[labels].
     """
     fn = "softmax_cross_entropy"
-    _loss_gradient(fn, logits)
+    _loss_dy(fn, logits)
     (_, log_p), t = _softmax(_classes(fn, logits)), _classes(fn, target)
     return -_times(array_module(t), t, log_p).sum(axis=1).mean()
 
@@ -978,7 +979,7 @@ def softmax_cross_entropy_backward(dy, logits, target):
     dtarget[n, i] = -dy / N * log softmax(logits)[n, i]
     """
     fn = "softmax_cross_entropy_backward"
-    share = _loss_gradient(fn, logits, dy) / len(logits)
+    share = _loss_dy(fn, logits, dy) / len(logits)
     (p, log_p), t = _softmax(_classes(fn, logits)), _classes(fn, target)
     return (((p * t.sum(axis=1, keepdims=True) - t) * share).reshape(logits.shape),
             (log_p * -share).reshape(logits.shape))
@@ -993,7 +994,7 @@ def _softplus(xp, z):
 def sigmoid_cross_entropy(logits, target):
     """The mean over all elements of -target * log p - (1 - target) * log(1 - p), where
     p = sigmoid(logits) = 1 / (1 + exp(-logits))."""
-    _loss_gradient("sigmoid_cross_entropy", logits)
+    _loss_dy("sigmoid_cross_entropy", logits)
     z, t, xp = logits, target, array_module(logits)
     return (_times(xp, t, _softplus(xp, -z)) + _times(xp, 1 - t, _softplus(xp, z))).mean()
 
@@ -1001,9 +1002,9 @@ def sigmoid_cross_entropy(logits, target):
 @_arrays(logits="...", target="...")
 def sigmoid_cross_entropy_backward(dy, logits, target):
     """dlogits = dy / size * (sigmoid(logits) - target), dtarget = -dy / size * logits."""
-    share = _loss_gradient("sigmoid_cross_entropy_backward", logits, dy) / logits.size
+    share = _loss_dy("sigmoid_cross_entropy_backward", logits, dy) / logits.size
     xp = array_module(logits)
-    # p, and q for 1 - p, of which rounding would leave 0
+    # p, and q for 1 - p, which would round to 0
     p, q = (xp.exp(-_softplus(xp, z)) for z in (-logits, logits))
     return ((1 - target) * p - target * q) * share, logits * -share
 
@@ -1011,21 +1012,21 @@ def sigmoid_cross_entropy_backward(dy, logits, target):
 @_arrays(y="...", target="...")
 def mean_squared_error(y, target):
     """The mean over all elements of (y - target)^2."""
-    _loss_gradient("mean_squared_error", y)
+    _loss_dy("mean_squared_error", y)
     return ((y - target) ** 2).mean()
 
 
 @_arrays(y="...", target="...")
 def mean_squared_error_backward(dy, y, target):
     """2 * dy / size * (y - target) by y, and minus that by the target."""
-    slope = (y - target) * (2 * _loss_gradient("mean_squared_error_backward", y, dy) / y.size)
+    slope = (y - target) * (2 * _loss_dy("mean_squared_error_backward", y, dy) / y.size)
     return slope, -slope
 
 
 # 5 NETWORKS --------------------------------------------------------------------------------------
 
 class Layer(collections.namedtuple("Layer", "op params options")):
-    """One step of a network: op(x, *params, **options). A network is a list of these.
+    """One step of a network, a list of them: op(x, *params, **options), options a dict.
 
     op : a function of this file, or of any module where its gradient stands beside it under the
         same name with "_backward"
@@ -1034,8 +1035,8 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 
     def __new__(cls, op, params=(), options=()):
         if not callable(op) or not isinstance(params, (list, tuple)):
-            raise TypeError(f"Layer: wants a function and a list, got {op!r} and {params!r:.80}")
-        return super().__new__(cls, op, list(params), dict(options))    # of its own
+            raise TypeError(f"Layer: op must be a function, params a list, got {op}, {params}")
+        return super().__new__(cls, op, list(params), dict(options))    # copies
 
 
 def _layers(fn, net):
@@ -1059,8 +1060,8 @@ def forward(net, x):
 
 def _gradient(op):
     """The function that stands beside op, with its name and "_backward"."""
-    # by __globals__, since a vendored copy need not be in sys.modules; and made there, since what
-    # was imported along with an op is not the gradient of what wraps it
+    # by __globals__, since a vendored copy need not be in sys.modules; and defined there, since a
+    # wrapper's module may have imported the gradient of what it wraps
     name, beside = getattr(op, "__name__", "") + "_backward", getattr(op, "__globals__", {})
     found = beside.get(name)
     if found is None or getattr(found, "__globals__", None) is not beside:
@@ -1072,9 +1073,10 @@ def backward(net, dy, inputs):
     """The gradient of forward: by the network's input, and for each layer the list of the
     gradients by its params."""
     _layers("backward", net)
-    if not isinstance(inputs, (list, tuple)) or len(inputs) != len(net):
-        raise ValueError(f"backward: inputs must be a list with one array for each of {len(net)} "
-                         f"layers, as forward returns them, got {inputs!r:.80}")
+    kind = ValueError if isinstance(inputs, (list, tuple)) else TypeError
+    if kind is TypeError or len(inputs) != len(net):
+        raise kind(f"backward: inputs must be the list, one array for each of {len(net)} layers, "
+                   f"that forward returns, got {inputs!r:.80}")
     grads = []
     for (op, params, options), x in zip(reversed(net), reversed(inputs)):
         found = _gradient(op)(dy, x, *params, **options)
@@ -1097,8 +1099,8 @@ def backward(net, dy, inputs):
 # The rectifier leaves W - x at the hot pixel, where A = 1 and X = x < W, and 0 elsewhere. For all
 # axes that is one convolution with a kernel of 1 over A and its coordinates, a CoordConv with the
 # weights W and -1, one rectifier, one sum and one subtraction. The inverse has two layers, one for
-# relu(X - x) + relu(x - X) = |X - x| on each axis, and one for relu(1 - their sum): 1 at the pixel
-# itself and 0 at a distance of 1 or more.
+# relu(X - c) and relu(c - X) on each axis, whose sum is |X - c| for a coordinate c, and one for
+# relu(1 - all of them): 1 at the pixel itself and 0 at a distance of 1 or more.
 
 def _weights(rows, rank, dtype, xp):
     """The weights (F, C, 1, ...) of a kernel of 1, from their matrix."""
@@ -1198,9 +1200,10 @@ def encode(coords, size, *, dtype=np.float32):
 # A model is a list of layers for forward; width multiplies its hidden filters.
 
 def _draws(fn, rng, dtype, xp):
-    """The arguments rng, dtype and xp of functions that draw weights."""
+    """rng, dtype and xp for functions that draw weights."""
     if not isinstance(rng, np.random.Generator):
-        rng = np.random.default_rng(rng if rng is None else _integer(fn, "rng (a seed)", rng, 0))
+        seed = None if rng is None else _integer(fn, "rng, if no Generator,", rng, 0)
+        rng = np.random.default_rng(seed)
     dtype, xp = _dtype_and_module(fn, dtype, xp)
     return {"rng": rng, "dtype": dtype, "xp": xp}
 
@@ -1228,7 +1231,7 @@ def _conv_layer(shape, *, op=conv, rng, dtype, xp, **options):
 
 
 def _norm_layer(channels, dtype, xp):
-    """A batch_norm that has mean 0 and variance 1 until training sets them."""
+    """A batch_norm of mean 0 and variance 1 until training sets them."""
     ones, zeros = xp.ones(channels, dtype), xp.zeros(channels, dtype)
     return Layer(batch_norm, [ones, zeros], {"mean": zeros, "var": ones})
 
@@ -1287,7 +1290,7 @@ def coordconv_renderer(*, start="he", size=(64, 64), kernel=3, width=1, rng=None
     square (N, 1, *size).
 
     coordconv_painter, a softmax over the pixels, then five convolutions with 8, 8, 16, 16 and 1
-    filters and rectifiers between them; width is for these. 11,850 parameters as they stand.
+    filters and rectifiers between them; width is for these. 11,850 parameters by default.
     """
     fn = "coordconv_renderer"
     k, width = _integer(fn, "kernel", kernel, 1), _integer(fn, "width", width, 1)
@@ -1316,10 +1319,10 @@ def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
 
 def conv_regressor(split, *, width=1, rng=None, dtype=np.float32, xp=np):
     """The paper's baselines without coordinates, from a one-hot image (N, 1, 64, 64) to its
-    coordinate (N, 2); one for each split.
+    coordinate (N, 2); one for each split, and its parameters:
 
-    "uniform": four 3x3 convolutions with 16 filters and two dense layers, 72,850 parameters.
-    "quadrant": nine convolutions, two of them with batch norm, and a global mean, 12,914.
+    "uniform": four 3x3 convolutions of 16 filters, pools between, and two dense layers, 72,850.
+    "quadrant": nine convolutions and rectifiers, two batch norms and a global mean, 12,914.
     """
     fn = "conv_regressor"
     layer = functools.partial(_conv_layer, **_draws(fn, rng, dtype, xp))
@@ -1329,7 +1332,7 @@ def conv_regressor(split, *, width=1, rng=None, dtype=np.float32, xp=np):
             net += [layer((c, C, 3, 3), padding="same"), Layer(relu),
                     Layer(max_pool, options={"kernel": 2})]
         return net[:-1] + [layer((dense, c, 8, 8)), Layer(relu), layer((2, dense, 1, 1)),
-                           Layer(sum_pool)]
+                           Layer(sum_pool)]             # of one pixel, to (N, 2)
     C = 1
     for F, k, stride, norm in ((c, 5, 2, 0), (c, 1, 1, 1), (c, 3, 1, 0),
                                (c, 3, 2, 0), (c, 3, 2, 1), (c, 3, 2, 0),
@@ -1358,7 +1361,7 @@ def not_so_clevr(split="uniform", *, canvas=64, square=9):
     outer loop; 3136 positions for the paper's canvas of 64 and square of 9.
 
     split : "uniform" tests a random quarter of the positions, the draw of the paper's repository:
-        2368 train and 768 test (its text says 80/20). "quadrant" tests the positions beyond the
+        2368 train and 768 test (the paper says 80/20). "quadrant" tests the positions beyond the
         middle of both axes, row > canvas/2 and col > canvas/2: 2407 train and 729 test.
 
     >>> data = not_so_clevr("quadrant")
@@ -1456,7 +1459,7 @@ def adam_step(w, dw, m, v, step, *, learning_rate=0.005, beta1=0.9, beta2=0.99, 
 
 
 class State(collections.namedtuple("State", "net m v step seed loss")):
-    """All that a training is: save it, load it, and it goes on as if nothing had happened.
+    """What train goes on from; saved, loaded and given the same arguments, to the same bits.
 
     net : list of Layer
     m, v : Adam's moments of all parameters, each one vector
@@ -1521,8 +1524,8 @@ _SHARD = 4                  # images that go through a network together
 
 def train(state, data, *, task, steps, batch_size=16, learning_rate=0.005, decay="linear", l2=0.0,
           beta1=0.9, beta2=0.99, eps=1e-8, scale="unit", workers=1, comm=None):
-    """Train a network on one of the paper's tasks with Adam: an iterator over the State after each
-    step, from state.step to steps.
+    """Train a network on one of the paper's tasks with Adam: an iterator over the States of steps
+    state.step + 1 to steps, which is a total.
 
     "classification": coordinate to pixel; softmax cross-entropy over the pixels
     "rendering":      coordinate to square; sigmoid cross-entropy per pixel
@@ -1532,13 +1535,13 @@ def train(state, data, *, task, steps, batch_size=16, learning_rate=0.005, decay
     with more than one axis (biases and norms are left out). Images go through the network four at
     a time, and what they give is added in their order: the states are a function of the arguments,
     to the last bit, whatever the number of workers and processes, and whether the training went
-    through or on from a saved state. (A network with batch_norm needs its batch whole, and gains
-    nothing from workers or processes.) FloatingPointError says that the loss or a weight is no
-    longer finite.
+    through or on from a saved state. (A network with batch_norm takes its batch whole, without
+    workers; the statistics that it keeps become 0.9 old + 0.1 batch.) FloatingPointError says
+    that the loss or a weight is no longer finite.
 
     decay : "linear" to 0 at steps, "constant", or "step", a tenth every 200 epochs, up to 4 times
-    scale : "unit", where coordinates equal the coordinate channel of their pixel, or "pixel", as
-        in the paper's code; for regression "pixel" makes them the target
+    scale : of input coordinates, "unit", as in coord_channels, or "pixel", as in the paper's code;
+        the target of a regression is coords / canvas, or with "pixel" coords
     beta1, beta2, eps : as in adam_step
     workers : threads that share the work; OPENBLAS_NUM_THREADS=1 keeps BLAS from using more
     comm : processes that share the work, as mpi4py's COMM_WORLD: rank, size and allgather
@@ -1571,8 +1574,8 @@ def train(state, data, *, task, steps, batch_size=16, learning_rate=0.005, decay
         norms = [i for i, layer in enumerate(net) if _keeps_statistics(layer)]
         statistics = [net[i].options[key] for i in norms for key in ("mean", "var")]
         whole = any(layer.op is batch_norm for layer in net)
-        # glibc gives memory back to the system and gets it back page by page, until a piece of up
-        # to 32 MiB was freed once: that alone takes a third off a step (2026-11-25)
+        # freeing a piece of almost 32 MiB raises the size from which glibc gives memory back, and
+        # would have it again page by page: that takes a third off a step (2026-11-25)
         np.empty(2 ** 25 - 2 ** 16, np.uint8)
         points, per_epoch = xp.asarray(data.coords), -(-len(data.train) // batch_size)
         with _team(workers, comm) as run:
@@ -1608,8 +1611,8 @@ def train(state, data, *, task, steps, batch_size=16, learning_rate=0.005, decay
 
 @contextlib.contextmanager
 def _team(workers, comm=None):
-    """A function run(work, items) for [work(item) for item in items], by so many threads, which
-    keep numpy.errstate, of each process of comm; the threads end with the block."""
+    """Yields run(work, items) for [work(item) for item in items], shared by threads, which keep
+    numpy.errstate, and by comm's processes; the threads end with the block."""
     def run(work, items):
         if comm is None:
             return [*each(work, items)]
@@ -1684,7 +1687,7 @@ def save(path, value):
     strings) to an npz file, whole or not at all: an interrupted save leaves the old file, and a
     killed one perhaps a hidden file .*.part beside it, which can be deleted."""
     leaves = {}
-    _map_leaves("save", leaves.setdefault, value)       # which stores each by its name
+    _map_leaves("save", leaves.setdefault, value)       # leaves[name] = value
     arrays = {name: to_numpy(a) if _is_array(a) else a for name, a in leaves.items()}
     if not arrays:
         raise TypeError(f"save: value must hold arrays or numbers, got a {type(value).__name__}")
@@ -1706,7 +1709,7 @@ def save(path, value):
 
 
 def load(path, like):
-    """Read back what save wrote: a value like this one, as a network of the same layers, with the
+    """Read back what save wrote: a copy of like, such as a network of the same layers, with the
     file's arrays, numbers and strings. ValueError if the file is damaged, or its names, shapes or
     dtypes are not those of like."""
     wanted, path = {}, os.fsdecode(path)
@@ -1718,7 +1721,7 @@ def load(path, like):
         except Exception as error:                      # damage shows as an error of any kind
             raise ValueError(f"load: {path} is damaged or not from save: {error}") from error
     if found.keys() != wanted.keys():
-        odd = ", ".join(sorted(found.keys() ^ wanted.keys())[:3])
+        odd = sorted(found.keys() ^ wanted.keys())[:3]
         raise ValueError(f"load: {path} holds something else: only one of file and like has {odd}")
     for name, a in wanted.items():
         want, got = (a if _is_array(a) else np.asarray(a)), found[name]
