@@ -1083,10 +1083,10 @@ def backward(net, dy, inputs):
         found = _gradient(op)(dy, x, *params, **options)
         dy, *dparams = found if isinstance(found, (tuple, list)) else (found,)
         got, want = ([a if a is None else a.shape for a in some] for some in (dparams, params))
-        if got != want:
+        if got != want + [None] * (len(got) - len(want)):       # None: by one that was left out
             raise ValueError(f"backward: the gradient of {op.__name__} must be by its input and "
                              f"by params of shape {want}, got {got}")
-        grads.insert(0, dparams)
+        grads.insert(0, dparams[:len(params)])
     return dy, grads
 
 
