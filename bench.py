@@ -4,15 +4,12 @@
     python bench.py             every claim on three seeds, under two minutes on two cores
     python bench.py --quick     the same rows in 15 seconds: long trainings are cut, not judged
     python bench.py --full      the published lengths; what figures/full.jsonl has is not run again
-    python bench.py ops         the speed of convolution by shape and by size, against peers
-    python bench.py vectors F.npz   cases that other implementations can be checked with
+    python bench.py ops         speed by shape and size; vectors FILE.npz: cases to check others
 
-Experiments make runs, a run is what one experiment found for one seed, and rows judge runs. A row
-is a claim of the paper (Liu et al. 2018, arXiv 1807.03247), of its critic (Piekniewski 2018), of
-the article that reported both (QbitAI 2018) or of coordref. Recipes were chosen on seeds 0 to 4,
-the seeds shown chose nothing: --seeds N are those from 10 on, A:B from A to B - 1. The median
-decides, the worst stands in brackets. Seconds are those of one core. Every fourth test position
-counts, of squares every sixteenth, in --full all. What was interrupted goes on with the next call.
+Experiments make runs for seeds; rows, claims of the paper (Liu et al. 2018), its critic
+(Piekniewski 2018), the article on both (QbitAI 2018) or coordref, judge them: the median decides,
+the worst stands in brackets. Recipes were chosen on seeds 0 to 4; --seeds N are those from 10 on,
+A:B from A to B - 1. Every fourth test position counts, every sixteenth of squares, in --full all.
 """
 import os
 
@@ -29,30 +26,26 @@ import signal
 import sys
 import threading
 import time
+from collections import namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from statistics import fmean, geometric_mean, median
-from typing import Any, NamedTuple
 
 import numpy as np
 
 import coordref as cr
 
-HERE = os.path.dirname(os.path.abspath(__file__))       # below: runs of a table not complete,
-KEPT, WORK, FULL = (os.path.join(HERE, *name.split("/")) for name in (  # states, runs of --full
-    "bench-runs.jsonl", "bench-full", "figures/full.jsonl"))
+KEPT, WORK, FULL = (os.path.join(os.path.dirname(os.path.abspath(__file__)), name) for name in (
+    "bench-runs.jsonl", "bench-full", "figures/full.jsonl"))    # runs, states, runs of --full
 SPLITS = ("uniform", "quadrant")
 MISSING = [name for name in ("torch", "matplotlib") if not importlib.util.find_spec(name)]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 STAMP = [os.stat(path).st_mtime_ns for path in (cr.__file__, __file__)]   # runs are theirs
 
-class Experiment(NamedTuple):
-    run: Any                # run(seed, xp, **recipe) returns a dict that JSON can hold
-    recipe: Any
-    seeds: Any = None       # how many of those asked for, None for all
-    cut: Any = None         # what --quick changes in the recipe; no verdict survives that
-    package: str = ""       # what it needs beyond NumPy and SciPy
+# run(seed, xp, **recipe) returns a dict that JSON can hold; how many of the seeds asked for, None
+# for all; what --quick changes in the recipe, after which there is no verdict; a package it needs
+Experiment = namedtuple("Experiment", "run recipe seeds cut package", defaults=(None, None, ""))
 
 # THE CRITIC --------------------------------------------------------------------------------------
 SIZES = (70, 100), (64, 64), (33, 2), (1, 9), (5, 1)
@@ -74,12 +67,12 @@ def wired(seed, xp):
             at = np.stack([np.full(W, row), np.arange(W)], axis=1).astype(np.float32)
             image = np.zeros((W, 1, H, W), np.float32)
             image[range(W), 0, row, range(W)] = 1
-            image, at = xp.asarray(image), xp.asarray(at)
+            image, at = map(xp.asarray, (image, at))
             read += [(a == at).all() for a in (cr.decode(image), cr.forward(reader, image)[0])]
             drawn += [(a == image).all() for a in (
                 cr.encode(at, (H, W)), cr.forward(drawer, at[:, :, None, None])[0])]
-    n = sum(H * W for H, W in SIZES)
-    return {"positions": n, "read": bool(all(read)), "drawn": bool(all(drawn))}
+    return {"positions": sum(map(math.prod, SIZES)), "reads": bool(all(read)),
+            "draws": bool(all(drawn))}
 
 def listed(seed, xp):
     """The listing, and decoder_network, for: two pixels, half a one, none, the last, the first."""
@@ -111,14 +104,13 @@ def weights(net):
     return sum(p.size for layer in net for p in layer.params) + sum(map(weights, inner))
 
 def tested(net, data, every, **options):
-    """The score on every so manieth test position."""
     return cr.evaluate(net, data._replace(test=data.test[::every]), **options)
 
 def trained(net, data, seed, *, task, steps, every=4, curve=24, picture=False, **options):
     """The network after training, and its run; the curve has [step, core-seconds, score]."""
     points, tests, start = [], 0.0, time.process_time()
-    for state in cr.train(cr.initial_state(net, seed=seed), data, task=task, steps=steps,
-                          **options):
+    first = cr.initial_state(net, seed=seed)
+    for state in cr.train(first, data, task=task, steps=steps, **options):
         if state.step in {round(steps / 1.6 ** k) for k in range(6)}:
             spent = (now := time.process_time()) - start - tests
             few = every if state.step == steps else curve
@@ -140,8 +132,7 @@ def painted(seed, xp, *, split, start, square, iou_every, **recipe):
     found["iou"] = tested([*painter, net[i], *state.net[1:]], data, iou_every, task="rendering")
     return found
 
-def hot_pixel(x):
-    """One-hot images on a canvas of 20: what a perfect painter's softmax hands on."""
+def hot_pixel(x):                                       # what a painter's softmax hands on
     return cr.encode(x[:, :, 0, 0], (20, 20), dtype=x.dtype)
 
 def hot_pixel_backward(dy, x):
@@ -154,18 +145,15 @@ def pixels(net):
             for y in cr.forward(net, xp.asarray(few))[0]]
 
 def deconvolved(seed, xp, *, split, **recipe):
-    """The same by the smallest of the paper's deconvolutions, which learns fastest."""
     net = cr.deconv_painter(kernel=2, rng=seed, xp=xp)
     return trained(net, cr.not_so_clevr(split), seed, **recipe)[1]
 
 def regressed(seed, xp, *, split, model, **recipe):
-    """Image to coordinate by CoordConv, from he_normal or our start, or by convolution."""
     net, data = cr.coordconv_regressor(rng=seed, xp=xp), cr.not_so_clevr(split)
     net = (cr.conv_regressor(split, rng=seed, xp=xp) if model == "conv" else
            salient(net, 64, xp) if model == "salient" else net)
     net, found = trained(net, data, seed, task="regression", **recipe)
-    at = data.coords[data.test[::16]]
-    told, _ = cr.forward(net, cr.encode(xp.asarray(at), (64, 64)))
+    told, _ = cr.forward(net, cr.encode(xp.asarray(at := data.coords[data.test[::16]]), (64, 64)))
     return {**found, "axes": abs(64 * cr.to_numpy(told) - at).mean(axis=0).tolist()}
 
 def salient(net, size, xp, height=3, slope=0.1):
@@ -182,15 +170,12 @@ def salient(net, size, xp, height=3, slope=0.1):
             net[-2]._replace(params=[w_last, b_last + np.float32(0.5 - height)]), net[-1]]
 
 # THE CONTROL: why ImageNet gained nothing --------------------------------------------------------
-# One textured patch lies on an image of zeros, and the class is the quadrant that it lies in, or
-# its texture. A network whose border is out of reach of the patch cannot know where it lies. One
-# with coordinates can, and in part so can one that feels the zero padding (Islam et al. 2020).
-
+# A textured patch on an image of zeros; the class is its quadrant or its texture. Out of reach of
+# the border only coordinates tell where it is; zero padding does in part (Islam et al. 2020).
 TEXTURES = np.sign(np.random.RandomState(1).standard_normal((4, 5, 5)))
 CORNERS = np.array([0, 1, 2, 5, 6, 7])                  # the quadrant of a patch is never in doubt
 
 def patches(kind, at, margin, rng):
-    """Images (N, 1, H, H) of a patch of each kind with its corner at (row, col)."""
     x = np.zeros((len(kind), 1, 12 + 2 * margin, 12 + 2 * margin), np.float32)
     row, col = (margin + at[:, a, None] + np.arange(5) for a in (0, 1))
     patch = TEXTURES[kind] * rng.uniform(1, 2, (len(kind), 1, 1))
@@ -206,12 +191,7 @@ def control(seed, xp, *, label, coords, steps, padding="valid", training="anywhe
         op, K = (cr.coord_conv, 2) if coords and not net else (cr.conv, 0)
         params = cr.he_normal((F, C + K, k, k), rng=rng, xp=xp), xp.zeros(F, np.float32)
         net += [cr.Layer(op, params, {"padding": padding}), cr.Layer(cr.relu)]
-    net[-1], start = cr.Layer(cr.mean_pool), time.process_time()
-    w = xp.concatenate([p.ravel() for layer in net for p in layer.params])
-    m, v, at = 0 * w, 0 * w, 0
-    for layer in net:                                   # its params become views of w
-        for i, p in enumerate(layer.params):
-            layer.params[i], at = w[at:at + p.size].reshape(p.shape), at + p.size
+    net[-1], moments, start = cr.Layer(cr.mean_pool), {}, time.process_time()
     for step in range(steps):
         kind, at = rng.integers(0, 4, 16), rng.choice(CORNERS, (16, 2))
         if training != "anywhere":
@@ -223,8 +203,11 @@ def control(seed, xp, *, label, coords, steps, padding="valid", training="anywhe
         z, inputs = cr.forward(net, xp.asarray(patches(kind, at, margin, rng)))
         dz, _ = cr.softmax_cross_entropy_backward(1.0, z, xp.asarray(target))
         _, grads = cr.backward(net, dz, inputs)
-        dw = xp.concatenate([dp.ravel() for layer in grads for dp in layer])
-        w[:], m, v = cr.adam_step(w, dw, m, v, step + 1, learning_rate=0.01 * (1 - step / steps))
+        for i, (layer, dparams) in enumerate(zip(net, grads)):
+            for j, (p, dp) in enumerate(zip(layer.params, dparams)):
+                layer.params[j], *moments[i, j] = cr.adam_step(
+                    p, dp, *moments.get((i, j), (0 * p, 0 * p)), step + 1,
+                    learning_rate=0.01 * (1 - step / steps))
     seconds, right = time.process_time() - start, []
     kind, at = np.arange(64) % 4, rng.choice(CORNERS, (64, 2))
     for mirror in itertools.product((False, True), repeat=2):
@@ -236,9 +219,7 @@ def control(seed, xp, *, label, coords, steps, padding="valid", training="anywhe
         right += (told == (quadrant if label == "quadrant" else kind))[asked].tolist()
     return {"score": fmean(right), "seconds": seconds}
 
-# PARAMETERS, with those of a residual network ----------------------------------------------------
 def residual(x, main, short):
-    """Two branches added (He et al. 2015, arXiv 1512.03385), to be run, not trained."""
     return cr.forward(main, x)[0] + cr.forward(short, x)[0]
 
 def resnet_50(rng, xp):
@@ -283,8 +264,7 @@ SHAPES = [      # images, channels, filters, the size of the image and of the ke
     (8, 8, 128, (64, 64), 1, {}), (8, 128, 128, (64, 64), 1, {}), (8, 4, 32, (64, 64), 1, {}),
     (8, 128, 128, (28, 28), 3, P1), (8, 64, 64, (56, 56), 3, {**P1, "groups": 64}),
     (8, 64, 64, (2048,), 9, {"padding": 4}), (2, 16, 16, (24, 24, 24), 3, P1),
-    (1, 16, 16, (16, 16), 3, P1), (8, 8, 16, (64, 64), 3, P1), (4, 256, 256, (14, 14), 3, P1),
-    (8, 256, 256, (14, 14), 1, {}), (8, 64, 64, (32, 32), 4, P1S2)]
+    (8, 8, 16, (64, 64), 3, P1), (4, 256, 256, (14, 14), 3, P1), (8, 64, 64, (32, 32), 4, P1S2)]
 
 def passes(N, C, F, size, k, options, peer=cr.conv):
     """Forward and backward by conv, coord_conv or torch on one thread, and multiplications."""
@@ -299,8 +279,8 @@ def passes(N, C, F, size, k, options, peer=cr.conv):
     x, w, b = (peer.tensor(a, requires_grad=True) for a in (x, w, b))
     conv = partial(getattr(peer.nn.functional, f"conv{len(size)}d"), x, w, b, **options)
     dy = (y := conv()).detach().clone()
-    return (conv, partial(peer.autograd.grad, y, (x, w, b), dy, retain_graph=True),
-            dy.numel() * w[0].numel())
+    back = partial(peer.autograd.grad, y, (x, w, b), dy, retain_graph=True)
+    return conv, back, dy.numel() * w[0].numel()
 
 def alternating(programs, repeats):
     """The median core-seconds of each program, in turn, an untimed call before each timed one."""
@@ -309,52 +289,26 @@ def alternating(programs, repeats):
         return time.process_time() - start
     return np.median([[timed(program) for program in programs] for _ in range(repeats)], axis=0)
 
-def conv_speed(seed, xp, shapes, repeats):
-    """Time over torch's, forward and backward together, of the first shapes."""
-    import torch
+def conv_speed(seed, xp, shapes, repeats, peers):
+    """The time of the first peer over the second's, both passes of the first shapes."""
+    peers = [getattr(cr, name, None) or importlib.import_module(name) for name in peers]
     ratios = []
     for case in SHAPES[:shapes]:
-        pairs = zip(passes(*case)[:2], passes(*case, peer=torch)[:2])
+        pairs = zip(*(passes(*case, peer=peer)[:2] for peer in peers))
         ratios.append(float(np.divide(*sum(alternating(pair, repeats) for pair in pairs))))
     return {"score": geometric_mean(ratios), "worst": max(ratios), "shapes": shapes}
 
-def step_speed(seed, xp, steps):
-    """Median milliseconds of a training step of the painter with 16 images on two threads."""
-    import torch
-    def peer():
-        torch.set_num_threads(2)
-        net = torch.nn.Sequential(*[layer for C, F in itertools.pairwise((4, 32, 32, 64, 64, 1))
-                                    for layer in (torch.nn.Conv2d(C, F, 1), torch.nn.ReLU())][:-1])
-        adam = torch.optim.Adam(net.parameters(), lr=0.005, betas=(0.9, 0.99))
-        grid = torch.tensor(cr.coord_channels((64, 64))).expand(16, 2, 64, 64)
-        for _ in range(steps):
-            at, label = torch.rand(16, 2, 1, 1) * 2 - 1, torch.randint(4096, (16,))
-            logits = net(torch.cat([at.expand(16, 2, 64, 64), grid], dim=1)).flatten(1)
-            adam.zero_grad()
-            torch.nn.functional.cross_entropy(logits, label).backward()
-            yield adam.step()
-    start, data = cr.initial_state(cr.coordconv_painter(rng=0)), cr.not_so_clevr()
-    ours = cr.train(start, data, steps=steps, task="classification", workers=2)
-    return {name: 1e3 * median(np.diff([time.perf_counter() for _ in states]).tolist())
-            for name, states in (("score", ours), ("torch", peer()))}
-
 def decode_speed(seed, xp, repeats):
-    """How many times as fast as the listing decode is, 256 images in a call."""
     images = cr.encode(np.random.default_rng(0).integers(0, 64, (256, 2)), (64, 64))
     ours, theirs = alternating([lambda: [cr.decode(images) for _ in range(9)],
                                 lambda: [listing(image[0]) for image in images[:64]]], repeats)
     return {"score": float(36 * theirs / ours)}
 
 # ROWS --------------------------------------------------------------------------------------------
-class Row(NamedTuple):
-    """A claim. judge takes the runs of each experiment or, where that has one seed, the run, and
-    returns whether it holds (or "in part"), the figure behind that, and perhaps a note."""
-    id: str
-    claim: str              # at most 40 characters; the figure 33, the note 89
-    source: str
-    needs: str              # "a *, b" are the experiments a uniform, a quadrant and b
-    judge: Any
-
+# claim: at most 40 characters; needs: "a *, b" are the experiments a uniform, a quadrant and b;
+# judge takes the runs of each or, where that has one seed, the run, and returns whether it holds
+# (or "in part"), the figure behind that in 33 characters, and perhaps a note.
+Row = namedtuple("Row", "id claim source needs judge")
 PART = "in part"
 iou, px = "{:.3f}".format, "{:.2f} px".format
 
@@ -372,13 +326,10 @@ def spread(runs, form=percent, key="score"):
     return middle if middle == worst else f"{middle} ({worst.split()[0]})"
 
 def how_many(good):
-    """Of more than three seeds with the exact 95 % interval of the share."""
-    text = f"{sum(good)} of {len(good)} runs"
-    if len(good) <= 6:
-        return text
     from scipy.stats import binomtest
     low, high = binomtest(sum(good), len(good)).proportion_ci()
-    return f"{text} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
+    return f"{sum(good)} of {len(good)} runs" + (
+        f" (95 %: {100 * low:.0f} to {100 * high:.0f} %)" if len(good) > 6 else "")
 
 def by_seed(low, safe, *groups, form=percent, key="score", note=""):
     """The median reaches low on each split, and no run misses safe; without that: in part."""
@@ -412,7 +363,6 @@ def behind(times, whose, key, *groups, form=percent):
             "in {:.1f} / {:.1f} times the seconds of {}; one seed".format(*took, whose))
 
 def first(run, goal):
-    """After how many core-seconds a run first has the goal."""
     return next((seconds for _, seconds, x in run["curve"] if x >= goal), math.inf)
 
 def factor(rival, ours):
@@ -433,11 +383,15 @@ def in_seconds(goal, form, runs):
 
 def at_most(limit, form, run):
     best = max(x for *_, x in run["curve"])
-    return (run["score"] < limit, form(run["score"]), f"best on the way {best:.2f}, training part "
-            f"{run['train']:.2f}; {run['seconds']:,.0f} s of a core")
+    return (run["score"] < limit, form(run["score"]),
+            f"best {form(best)}, training part {form(run['train'])}, {run['seconds']:,.0f} s")
 
 def in_mean(low, high, runs, note=""):
     return low <= fmean(scores(runs)) <= high, f"{percent(fmean(scores(runs)))} in the mean", note
+
+def in_time(limit, whose, run):
+    return (run["score"] <= limit, f"{run['score']:.2f} of {whose} time",
+            f"mean of {run['shapes']} shapes on one core, worst {run['worst']:.2f}")
 
 def beside(runs, run):
     return f"{spread(runs)}, {percent(run['score'])} without"
@@ -449,10 +403,9 @@ def on_both(name, run, seeds=None, cut=None, **recipe):
         key: x[i] if isinstance(x, tuple) else x for key, x in recipe.items()}}, seeds, cut)
             for i, split in enumerate(SPLITS)}
 
-CUT = {"steps": 6, "every": 32}
-PAINT = {       # a short memory of gradients is what the quadrant split needs
-    "beta1": 0.7, "beta2": 0.95, "iou_every": 16,
-    "square": {"steps": 200, "batch_size": 2, "learning_rate": 0.01}}
+CUT, BIASED = {"steps": 6, "every": 32}, {"training": "biased"}
+PAINT = {"beta1": 0.7, "beta2": 0.95, "iou_every": 16,      # a short memory is what it needs
+         "square": {"steps": 200, "batch_size": 2, "learning_rate": 0.01}}
 DECONV = {"learning_rate": 0.005, "batch_size": 16, "curve": 6}
 EXPERIMENTS = {
     **{run.__name__: Experiment(run, {}, 1) for run in (wired, listed, as_feature, counted)},
@@ -476,11 +429,12 @@ EXPERIMENTS = {
         {"steps": 20} if "texture" in name else None) for name, steps, more in (
             ("place", 200, {}), ("place coords", 200, {}), ("texture", 300, {}),
             ("texture coords", 250, {}), ("place padding", 300, {"padding": "same"}),
-            *((name, steps, {"training": name.split()[0]}) for name, steps in (
-                ("biased", 300), ("biased coords", 200), ("shifted coords", 300))))},
+            ("biased", 300, BIASED), ("biased coords", 200, BIASED),
+            ("shifted coords", 300, {"training": "shifted"}))},
     "decode": Experiment(decode_speed, {"repeats": 3}, 1),
-    "conv": Experiment(conv_speed, {"shapes": 6, "repeats": 3}, 1, {"shapes": 1}, "torch"),
-    "step": Experiment(step_speed, {"steps": 16}, 1, {"steps": 3}, "torch"),
+    **{name: Experiment(conv_speed, {"shapes": 6, "repeats": 3, "peers": peers}, 1, {"shapes": 1},
+                        "torch" * (name == "conv")) for name, peers in (
+        ("conv", ["conv", "torch"]), ("coord conv", ["coord_conv", "conv"]))},
 }
 PIXEL = "Coordinate to pixel: does CoordConv learn what convolution does not?"
 SQUARE = "Coordinate to square: the same, with more to draw?"
@@ -488,10 +442,8 @@ COORD = "Image to coordinate: the same, the other way?"
 FASTER = "Is it 150 times faster, with 10 to 100 times fewer parameters?"
 ROWS = {
     "Can it be done without training?": [
-        Row("decoder", "wired by hand it reads every pixel", "critic", "wired", lambda run: (
-            run["read"], f"all of {run['positions']:,} positions", "in images of five sizes")),
-        Row("encoder", "wired by hand it draws every pixel", "critic", "wired", lambda run: (
-            run["drawn"], f"all of {run['positions']:,} positions")),
+        *(Row(id, f"wired by hand it {id} every pixel", "critic", "wired", lambda run, id=id: (
+            run[id], f"all of {run['positions']:,} positions")) for id in ("reads", "draws")),
         Row("listing", "the critic's listing reads an image", "critic", "listed", lambda run: (
             run["listing"][3:] == [[69, 99], [0, 0]] and PART, "one-hot images only",
             "two pixels: {}; half a pixel: {}; blank: {}".format(*run["listing"]))),
@@ -503,32 +455,32 @@ ROWS = {
         Row("feature", "CoordConv is conv on 2 added features", "critic", "as_feature", lambda run:
             (run["score"] < 1e-12, f"to {run['score']:.0e}, gradients too"))],
     PIXEL: [
-        Row("pixel-uniform", "CoordConv learns it, uniform split", "paper", "painter he uniform",
+        Row("pixel-uniform", "CoordConv paints the pixel, uniform", "paper", "painter he uniform",
             partial(by_seed, 0.98, 0.8)),
-        Row("pixel-quadrant", "CoordConv learns it, quadrant split", "paper",
+        Row("pixel-quadrant", "CoordConv paints the pixel, quadrant", "paper",
             "painter he quadrant", partial(by_seed, 0.8, None, note="the seed decides")),
-        Row("pixel-relative", "our relative start, uniform / quadrant", "coordref",
+        Row("pixel-relative", "our relative start does on both splits", "coordref",
             "painter relative *", partial(by_seed, 0.98, 0.9)),
-        Row("pixel-deconv", "a deconvolution does not, in that time", "paper",
+        Row("pixel-deconv", "a deconvolution does not in that time", "paper",
             "deconv *, painter he *", partial(behind, 1, "CoordConv", "seconds", 0.2, 0.2)),
         Row("pixel-deconv-longer", "nor in several times that time", "paper",
             "deconv *, painter relative *", partial(behind, 2, "our start", "seconds", 0.2, 0.2))],
     SQUARE: [
-        Row("square-he", "CoordConv learns it, uniform / quadrant", "paper", "painter he *",
+        Row("square-he", "CoordConv draws the square, both splits", "paper", "painter he *",
             partial(by_seed, 0.8, None, form=iou, key="iou", note="in two parts")),
-        Row("square-relative", "our relative start, uniform / quadrant", "coordref",
+        Row("square-relative", "our relative start draws it, both splits", "coordref",
             "painter relative *", partial(by_seed, 0.98, 0.9, form=iou, key="iou")),
         Row("square-deconv", "a deconvolution: IoU up to .83 / .36", "paper",
             "square deconv *, painter relative *",
             partial(behind, 1.5, "our start", "both parts", 0.83, 0.36, form=iou))],
     COORD: [
-        Row("coord-he", "one CoordConv net learns both splits", "paper", "regressor he *", some),
-        Row("coord-salient", "from our salient start every seed does", "coordref",
+        Row("coord-he", "one CoordConv net reads the coordinate", "paper", "regressor he *", some),
+        Row("coord-salient", "from our salient start for every seed", "coordref",
             "regressor salient *", partial(by_seed, 0.5, 3, form=px)),
-        Row("coord-conv", "a convolution learns the uniform split", "paper",
-            "regressor conv uniform", lambda run: (run["score"] < 5, px(run["score"]))),
-        Row("coord-conv-quadrant", "a convolution fails on the quadrant", "paper",
-            "regressor conv quadrant", lambda run: (run["score"] > 5, px(run["score"])))],
+        *(Row(f"coord-conv-{split}", f"a convolution {claim}", "paper", f"regressor conv {split}",
+              lambda run, sign=sign: (sign * run["score"] < sign * 5, px(run["score"])))
+          for split, claim, sign in (("uniform", "reads it, uniform split", 1),
+                                     ("quadrant", "does not, quadrant split", -1)))],
     FASTER: [
         Row("factor", "CoordConv learns 150 times faster", "paper",
             "deconv uniform, painter he uniform", factor),
@@ -551,14 +503,12 @@ ROWS = {
         Row("shifts", "random shifts in training wipe it out", "article", "shifted coords",
             partial(in_mean, 0.99, 1)),
         Row("no-bias", "without coordinates it is never learned", "article", "biased", lambda run:
-            (run["score"] >= 0.99, percent(run["score"]), "one seed"))],
+            (run["score"] >= 0.99, percent(run["score"])))],
     "Is this file fast?": [
         Row("conv-speed", "conv takes 1.25 of torch's time at most", "coordref", "conv",
-            lambda run: (run["score"] <= 1.25, f"{run['score']:.2f} of torch's time",
-                         f"mean of {run['shapes']} shapes on one core, worst {run['worst']:.2f}")),
-        Row("step-speed", "a training step takes .8 of it at most", "coordref", "step", lambda run:
-            (run["score"] <= 0.8 * run["torch"],
-            f"{run['score']:.0f} ms, torch {run['torch']:.0f} ms", "16 images, two threads")),
+            partial(in_time, 1.25, "torch's")),
+        Row("coord-speed", "CoordConv takes 1.2 of conv's at most", "coordref", "coord conv",
+            partial(in_time, 1.2, "conv's")),
         Row("decode-speed", "decode is 300 times the listing's speed", "coordref", "decode",
             lambda run: (run["score"] >= 300, f"{run['score']:.0f} times"))],
 }
@@ -586,8 +536,7 @@ def published(seed, xp, *, model, task, split, scale, batch_size, epochs, share=
                 curve[done] = state.step / per_epoch, spent, tested(state.net, data, 5, **how)
                 done += 1
                 if time.monotonic() - saved > 60 * share:
-                    cr.save(path, (state, curve))
-                    saved = time.monotonic()
+                    saved = cr.save(path, (state, curve)) or time.monotonic()
                 start = time.process_time()
     except FloatingPointError as error:                 # an outcome like others
         end = str(error)
@@ -665,54 +614,45 @@ def ops(repeats=5):
         scipy = alternating([partial(correlate, x, w, "same")], 1)[0] * N * F
         name = " ".join([f"{k}x{k}x{k}"[:2 * len(size) - 1], f"{C}-{F}", "x".join(map(str, size)),
                          *(f"{key[0]}{value}" for key, value in options.items())])
-        line = ("{:26}{:7.2f} ms{:8.2f} ms{:9.2f}{:8.2f}{:10.2f}{:8.2f}{:9.2g}").format(
+        print("{:26}{:7.2f} ms{:8.2f} ms{:9.2f}{:8.2f}{:10.2f}{:8.2f}{:9.2g}".format(
             name, *1e3 * ours, 6 * sides[0][2] / sum(ours) / peak, *ours / theirs, coords,
-            ours[0] / scipy)
-        print(line.replace("nan", "  -"), flush=True)
+            ours[0] / scipy).replace("nan", "  -"), flush=True)
     for name, ratios in zip(("of torch's time", "CoordConv over conv"), np.transpose(found)):
         if (ratios := ratios[ratios == ratios]).size:
-            print(f"{name}, both passes: geometric mean {geometric_mean(ratios.tolist()):.2f}, "
-                  f"worst {ratios.max():.2f}")
+            print(f"{name}: geometric mean {geometric_mean(ratios):.2f}, worst {max(ratios):.2f}")
     print("ns a multiplication, both passes, 3x3; N = 2, C = F = 16, H = W = 32, and one doubled:")
     for axis, name in enumerate(("N", "C", "H W")):
         for n in range(5):
             N, C, H = np.array([2, 16, 32]) * 2 ** (n * (np.arange(3) == axis))
             *pair, count = passes(N, C, C, (H, H), 3, P1)
-            spent = 1e9 * sum(alternating(pair, repeats)) / 3 / count
-            print(f"{name * (n == 0):4}{(N, C, H)[axis]:6}: {spent:.3f}", end="\n" * (n == 4),
-                  flush=True)
+            spent = f"{1e9 * sum(alternating(pair, repeats)) / 3 / count:.3f}"
+            print(f"{name * (n == 0):4}{(N, C, H)[axis]:6}: {spent}", end="\n" * (n == 4))
 
 R, S, P, S2 = {"radius": True}, {"padding": "same"}, {"scale": "pixel"}, {"stride": 2}
 CASES = {       # by op: the shapes of x and w without the coordinates, with a bias or not, options
-    "coord_channels": [(None, None, 0, {"size": size, **more}) for size, more in [
-        *itertools.product(((5,), (3, 4), (1, 6), (7, 2), (2, 3, 4)), ({}, R)), ((4, 3), P),
-        ((2, 5), P | R)]],
+    "coord_channels": [(None, None, 0, {"size": size, **more}) for size, more in (
+        *itertools.product(((5,), (3, 4), (1, 6), (7, 2), (2, 3, 4)), ({}, R)), ((4, 3), P))],
     "add_coords": [(size, None, 0, more) for size, more in (
         ((2, 3, 4), {}), ((2, 1, 3, 5), R), ((1, 2, 1, 4), P), ((2, 3, 2, 3, 4), R))],
     "conv": [
         ((2, 3, 8), (4, 3, 3), 1, {}), ((2, 3, 9), (4, 3, 4), 0, S2 | {"padding": ((0, 3),)}),
-        ((1, 2, 10), (3, 2, 3), 1, {"dilation": 3} | S),
-        ((2, 4, 5, 6), (6, 2, 3, 2), 1, {"groups": 2, "padding": 1}),
-        ((2, 3, 6, 7), (4, 3, 1, 1), 1, {}),
-        ((2, 3, 7, 5), (4, 3, 3, 2), 0, {"stride": (2, 1)} | S),
+        ((1, 2, 10), (3, 2, 3), 1, {"dilation": 3} | S), ((2, 3, 6, 7), (4, 3, 1, 1), 1, {}),
+        ((2, 4, 5, 6), (6, 2, 3, 2), 1, {"groups": 2} | P1), ((3, 2, 1, 5), (4, 2, 1, 3), 1, S),
         ((2, 3, 6, 9), (2, 3, 2, 3), 1, {"stride": (1, 3), "padding": ((0, 1), (2, 0))}),
         ((1, 3, 9, 8), (3, 1, 3, 3), 1, {"groups": 3, "dilation": (2, 1)}),
-        ((3, 2, 1, 5), (4, 2, 1, 3), 1, S), ((2, 2, 7, 6), (3, 2, 4, 4), 1, S2 | S),
-        ((1, 2, 4, 3, 5), (3, 2, 2, 3, 2), 1, {"padding": (0, 1, 0)}),
+        ((2, 2, 7, 6), (3, 2, 4, 4), 1, S2 | S), ((1, 2, 4, 3, 5), (3, 2, 2, 3, 2), 1, P1),
         ((2, 2, 5, 4, 3), (2, 1, 3, 2, 1), 0, {"groups": 2} | S2 | S)],
     "conv_transpose": [
         ((2, 3, 5), (3, 4, 3), 1, {}), ((2, 4, 6), (4, 3, 4), 1, S2 | S | {"groups": 2}),
         ((2, 3, 3, 4), (3, 2, 2, 3), 0, S2 | {"padding": ((0, 1), (1, 0))}),
         ((1, 3, 4, 3), (3, 5, 3, 2), 1, {"stride": (3, 2), "output_padding": (2, 1)}),
-        ((2, 2, 3, 2), (2, 3, 3, 3), 1, S2 | S),
-        ((2, 2, 4, 5), (2, 3, 2, 2), 1, {"dilation": 2, "padding": 1}),
-        ((1, 2, 2, 3, 2), (2, 2, 2, 1, 3), 1, {"stride": (1, 2, 1)})],
+        ((2, 2, 4, 5), (2, 3, 2, 2), 1, {"dilation": 2} | P1),
+        ((2, 2, 3, 2), (2, 3, 3, 3), 1, S2 | S), ((1, 2, 2, 3, 2), (2, 2, 2, 1, 3), 1, S2)],
     "coord_conv": [
         ((2, 3, 6), (4, 3, 3), 1, S), ((2, 3, 4, 7), (4, 3, 1, 1), 1, {}),
-        ((2, 3, 5, 4), (2, 3, 3, 3), 1, S | R),
         ((1, 2, 6, 9), (3, 2, 3, 2), 0, {"stride": (2, 3), "padding": ((0, 2), (1, 0))}),
         ((2, 1, 7, 3), (3, 1, 2, 3), 1, P | {"dilation": (3, 1)}),
-        ((2, 2, 1, 5), (3, 2, 1, 3), 1, R | {"padding": 1}),
+        ((2, 3, 5, 4), (2, 3, 3, 3), 1, S | R), ((2, 2, 1, 5), (3, 2, 1, 3), 1, R | P1),
         ((2, 2, 3, 4, 2), (2, 2, 2, 2, 2), 1, R),
         ((3, 2, 1, 1), (4, 2, 1, 1), 1, {"size": (3, 5)}),
         ((2, 2, 1, 1), (3, 2, 3, 2), 1, {"size": (4, 6)} | S | R | S2),
@@ -726,71 +666,71 @@ def coords_by_definition(size, radius=False, scale="unit"):
         y[:, *i] = [*at, math.hypot(*at)][:len(y)]
     return y
 
-def conv_by_definition(x, w, b, draw_dy, *, stride=1, padding=0, dilation=1, groups=1,
+def conv_by_definition(x, w, bias, draw, *, stride=1, padding=0, dilation=1, groups=1,
                        output_padding=None):
-    """y, dy, dx, dw and db. Output pixel o of the convolution reads pixel i through tap k; the
+    """y, dy, dx, dw, b and db. Output pixel o of the convolution reads pixel i through tap k; the
     transposed one, which output_padding stands for, has x where the other has y."""
-    rank, transposed, small, pads, large = x.ndim - 2, output_padding is not None, [], [], []
-    each = [(v,) * rank if isinstance(v, (int, str)) else v
-            for v in (stride, dilation, output_padding or 0, padding)]
-    for n, k, s, d, e, p in zip(x.shape[2:], w.shape[2:], *each):
-        span = (k - 1) * d + 1
-        full = (n - 1) * s + span + e
-        if p == "same":
-            p = full - n * s if transposed else max((-(-n // s) - 1) * s + span - n, 0)
-            p = p // 2, p - p // 2
-        pads.append((p, p) if isinstance(p, int) else p)
-        small.append(n if transposed else (n + sum(pads[-1]) - span) // s + 1)
-        large.append(full - sum(pads[-1]) if transposed else n)
+    rank, transposed = x.ndim - 2, output_padding is not None
+    s, d, e = (np.array([v] * rank if isinstance(v, int) else v)
+               for v in (stride, dilation, output_padding or 0))
+    n, span = np.array(x.shape[2:]), (np.array(w.shape[2:]) - 1) * d + 1
+    full = (n - 1) * s + span + e
+    if padding == "same":
+        total = full - n * s if transposed else np.maximum((-(-n // s) - 1) * s + span - n, 0)
+        padding = np.stack([total // 2, total - total // 2], axis=1)
+    each = [padding] * rank if isinstance(padding, int) else padding
+    before, both = zip(*((p, 2 * p) if np.ndim(p) == 0 else (p[0], sum(p)) for p in each))
+    small = n if transposed else (n + both - span) // s + 1
+    large = full - both if transposed else n
     C, F = x.shape[1], w.shape[1] * groups if transposed else len(w)
     y = np.zeros((len(x), F, *(large if transposed else small)))
-    dy, dx, dw = draw_dy(y.shape), np.zeros_like(x), np.zeros_like(w)
+    b, dy = draw(F) * bias, draw(y.shape)
+    dx, dw = np.zeros_like(x), np.zeros_like(w)
     for o, k in itertools.product(np.ndindex(*small), np.ndindex(*w.shape[2:])):
-        i = tuple(o_ * s + k_ * d - p for o_, k_, s, d, (p, _) in zip(o, k, *each[:2], pads))
-        if not all(0 <= i_ < n for i_, n in zip(i, large)):
-            continue
+        i = tuple(o * s + k * d - before)
         at_x, at_y = (o, i) if transposed else (i, o)
         for n, c, f in np.ndindex(len(x), C, F):
-            if c // (C // groups) == f // (F // groups):
+            if c // (C // groups) == f // (F // groups) and all(
+                    0 <= a < m for a, m in zip(i, large)):
                 tap = (c, f % (F // groups), *k) if transposed else (f, c % (C // groups), *k)
                 y[n, f, *at_y] += x[n, c, *at_x] * w[tap]
                 dx[n, c, *at_x] += dy[n, f, *at_y] * w[tap]
                 dw[tap] += dy[n, f, *at_y] * x[n, c, *at_x]
-    return (y if b is None else y + b.reshape(-1, *(1,) * rank), dy, dx, dw,
-            dy.sum(axis=(0, *range(2, y.ndim))))
+    return y + b.reshape(-1, *(1,) * rank), dy, dx, dw, b, dy.sum(axis=(0, *range(2, y.ndim)))
 
 def vectors(path):
     """Write the cases, in float64 and the same bytes each time, as arrays case/x, case/w, ..."""
     rng, arrays = np.random.default_rng(0), {}
     for op, (size, kernel, bias, options) in ((op, c) for op, cs in CASES.items() for c in cs):
-        tiled, found = options.get("size"), {"options": json.dumps({"op": op, **options})}
-        name = "-".join([op, "x".join(map(str, tiled or size[2:])), *(
+        found = {"options": json.dumps({"op": op, **options})}
+        image = options.get("size") or size[2:]
+        name = "-".join([op, "x".join(map(str, image)), *(
             key for key in options if key != "size")])  # such as conv-6x9-stride-padding
         how = {k: v for k, v in options.items() if k not in ("size", "radius", "scale")}
+        grid = coords_by_definition(image, **{k: v for k, v in options.items() if k in (
+            "radius", "scale")})
         x = whole = None if size is None else rng.standard_normal(size)
-        if "coord" in op:
-            found["y"] = grid = coords_by_definition(tiled or size[2:], **{
-                key: options[key] for key in ("radius", "scale") if key in options})
         if "coord" in op and size:
-            full = np.broadcast_to(x, (*size[:2], *grid.shape[1:]))
+            full = np.broadcast_to(x, (*size[:2], *image))
             whole = np.concatenate([full, np.stack([grid] * len(x))], axis=1)
-        if op == "add_coords":
-            dy = rng.standard_normal(whole.shape)
-            found |= {"x": x, "y": whole, "dy": dy, "dx": dy[:, :size[1]]}
-        elif kernel:
+        if kernel is None:
+            y, dy = (grid, None) if x is None else (whole, rng.standard_normal(whole.shape))
+            dx = dy
+        else:
             w = rng.standard_normal((kernel[0], kernel[1] + whole.shape[1] - size[1], *kernel[2:]))
-            if transposed := op == "conv_transpose":
-                how.setdefault("output_padding", 0)
-            F = kernel[1] * how.get("groups", 1) if transposed else len(w)
-            b = rng.standard_normal(F) if bias else None
-            y, dy, dx, dw, db = conv_by_definition(whole, w, b, rng.standard_normal, **how)
-            dx = dx.sum(axis=tuple(range(2, dx.ndim)), keepdims=True) if tiled else dx
-            found |= {"w": w, "dw": dw} | ({"b": b, "db": db} if bias else {}) | {
-                "x": x, "y": y, "dy": dy, "dx": dx[:, :size[1]]}
+            transposed = {"output_padding": 0} if op == "conv_transpose" else {}
+            y, dy, dx, dw, b, db = conv_by_definition(whole, w, bias, rng.standard_normal,
+                                                      **transposed | how)
+            found |= {"w": w, "dw": dw} | ({"b": b, "db": db} if bias else {})
+            if "size" in options:
+                dx = dx.sum(axis=tuple(range(2, dx.ndim)), keepdims=True)
+        found["y"] = y
+        if size:
+            found |= {"x": x, "dy": dy, "dx": dx[:, :size[1]]}
         arrays |= {f"{name}/{key}": a for key, a in found.items()}
     np.savez(path, **arrays)
 
-PICTURES = ("deconv quadrant", "painter he quadrant", "painter relative quadrant")
+PICTURES = "deconv quadrant", "painter he quadrant", "painter relative quadrant"
 
 def draw(folder, runs):
     """What each network paints right over all positions; and score against core-seconds."""
@@ -799,9 +739,10 @@ def draw(folder, runs):
     data, coords = cr.not_so_clevr("quadrant"), cr.not_so_clevr().coords
     hot, _ = cr.forward(cr.encoder_network((64, 64)), coords.astype(np.float32)[:, :, None, None])
     told = [next(run["picture"] for name, run in runs if name == wanted) for wanted in PICTURES]
+    told.append(hot.reshape(len(hot), -1).argmax(axis=1))
     figure, axes = plt.subplots(1, 4, figsize=(9, 3.2), sharey=True, layout="constrained")
-    for ax, found, title in zip(axes, [*told, hot.reshape(len(hot), -1).argmax(axis=1)], (
-            "deconvolution", "CoordConv, he_normal", "CoordConv, our start", "wired by hand")):
+    for ax, found, title in zip(axes, told, ("deconvolution", "CoordConv, he_normal",
+                                             "CoordConv, our start", "wired by hand")):
         right, picture = np.array(found) == coords @ [64, 1], np.full((64, 64), np.nan)
         picture[tuple(coords.T)] = right
         ax.imshow(picture, plt.matplotlib.colors.ListedColormap(["0.8", "#07b"]), vmin=0, vmax=1)
@@ -811,8 +752,7 @@ def draw(folder, runs):
         ax.set_title(f"{title}\ntrain {train}, test {test}", fontsize=9)
     figure.suptitle("Painted right: blue; trained outside the frame, tested inside", fontsize=10)
     figure.savefig(os.path.join(folder, "positions.png"), dpi=100)
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="row", sharey="row",
-                                layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharey="row", layout="constrained")
     for name, run in runs:
         task, start, *split = f"{name} -".replace("deconv", "painter conv").split()
         if task in ("painter", "regressor"):
@@ -820,13 +760,12 @@ def draw(folder, runs):
             style, label = {"he": ("#e69f00", "CoordConv, he_normal"), "conv": (
                 "#000000", "without coordinates")}.get(start, ("#0072b2", "CoordConv, our start"))
             axes[i, SPLITS.index(split[0])].plot(spent, found * (100, 1)[i], "o-", color=style,
-                                               label=label, markersize=4, linewidth=1)
+                                                 label=label, markersize=4)
     for (i, j), ax in np.ndenumerate(axes):
         ax.set(xscale="log", xlabel="core-seconds of training",
                title=f"{('coordinate to pixel', 'image to coordinate')[i]}, {SPLITS[j]} split",
                ylabel=("test positions right (%)", "mean distance (pixels)")[i] * (j == 0))
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.grid(alpha=0.3)
     lines = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3)
     figure.savefig(os.path.join(folder, "time.png"), dpi=100)
@@ -847,7 +786,6 @@ def clip(text):
     return text if len(text) <= 99 else text[:96] + "..."
 
 def jobs_of(row, experiments, options):
-    """The jobs of each experiment that a row needs."""
     for need in row.needs.split(", "):
         for name in dict.fromkeys(need.replace("*", split) for split in SPLITS):
             of, drawn = experiments[name], options.figures and name in PICTURES
@@ -861,7 +799,7 @@ def judged(question, row, groups, done, errors, experiments, quick):
     jobs, verdict = sum(groups, []), None
     runs = [{"name": job[0], "seed": job[1], **done[job]} for job in jobs if job in done]
     if missing := {experiments[name].package for name, *_ in jobs}.intersection(MISSING):
-        found = [f"needs {', '.join(missing)}", f"pip install {' '.join(missing)}"]
+        found = [f"needs {', '.join(missing)}"]
     elif len(runs) < len(jobs):
         found = [f"{len(runs)} of {len(jobs)} runs", *(
             f"{job[0]}, seed {job[1]}: {errors[job]}" for job in jobs if job in errors)][:2]
@@ -873,28 +811,25 @@ def judged(question, row, groups, done, errors, experiments, quick):
         if quick and any(experiments[name].cut for name, *_ in jobs):
             verdict, found = None, [found[0], "not judged: trainings were cut short"]
     return {"id": row.id, "question": question, "claim": row.claim, "source": row.source,
-            "verdict": verdict, "measured": [*filter(None, found)], "seconds": sum(
-                run.get("core_seconds", run.get("seconds")) for run in runs), "runs": runs}
+            "verdict": verdict, "measured": [*filter(None, found)], "runs": runs,
+            "seconds": sum(run.get("core_seconds", run.get("seconds")) for run in runs)}
 
 def shown(row, markdown):
-    """A row on a line of the terminal and a second for its note; or on one line of a README."""
     (figure, *note), verdict, seconds = row["measured"], row["verdict"] or "-", row["seconds"]
     if markdown:
-        topic = row["id"].partition("-")[0] + ": " if ":" in row["question"] else ""
-        parts = "; ".join([figure, *note]).split("; ")
-        lines = [f"| {verdict} | {a}{row['claim']} | {'; '.join(parts[:n])} | {row['source']} |"
-                 for a in (topic, "") for n in range(len(parts), 0, -1)]
-        return next((line for line in lines if len(line) <= 99), lines[-1])
+        text, most = figure, 86 - len(verdict + row["claim"] + row["source"])
+        for part in "; ".join(note).split("; "):
+            text += f"; {part}" * (0 < len(part) <= most - len(text) - 2)
+        return f"| {verdict} | {row['claim']} | {text} | {row['source']} |"
     spent = f"{seconds:.0f} s" if seconds < 999 else f"{seconds / 3600:.2g} h"
-    first = f"  {verdict:7} {row['claim']:40} {figure:33} {row['source']:8} {spent:>5}"
-    return "\n".join(clip(line) for line in (first, *(f"{'':10}{text}" for text in note)))
+    lines = f"  {verdict:7} {row['claim']:40} {figure:33} {row['source']:8} {spent:>5}", *(
+        f"{'':10}{text}" for text in note)
+    return "\n".join(map(clip, lines))
 
 def table(rows, experiments, options):
-    """Print the rows as their runs come in; return the exit status."""
-    start, told, errors, done, tasks = time.monotonic(), [], {}, {}, {}
-    path, stamp = KEPT, [*STAMP, options.device]
-    if options.full and not options.quick:              # these runs are kept for good
-        path, stamp = FULL, None
+    start, told, errors, done = time.monotonic(), [], {}, {}
+    keep = options.full and not options.quick           # these runs are kept for good
+    path, stamp = (FULL, None) if keep else (KEPT, [*STAMP, options.device])
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "a+") as file:
         file.seek(0)
@@ -906,10 +841,9 @@ def table(rows, experiments, options):
     plan = [(question, row, [*jobs_of(row, experiments, options)]) for question, row in rows]
     every = list(dict.fromkeys(job for *_, groups in plan for job in sum(groups, [])))
     own, lock, spawn = threading.local(), threading.Lock(), multiprocessing.get_context("spawn")
-    pools = ThreadPoolExecutor(CORES), ThreadPoolExecutor(1)
-    def attempt(job, others):
+    threads = ThreadPoolExecutor(CORES)
+    def attempt(job):
         """By the process of this thread, and a new one when that dies: no other job dies."""
-        wait(others)
         own.pool = getattr(own, "pool", None) or ProcessPoolExecutor(1, spawn, start_worker)
         try:
             run = own.pool.submit(make_run, experiments[job[0]].run, options.device, *job[1:])
@@ -919,18 +853,14 @@ def table(rows, experiments, options):
         except Exception as error:
             own.pool, died = None, isinstance(error, BrokenExecutor)
             errors[job] = "its process died" if died else " ".join(repr(error).split())
-    for alone in False, True:                           # steps are timed when all else has ended
-        for job in every:
-            of = experiments[job[0]]
-            if (of.run is step_speed) == alone and job not in done and of.package not in MISSING:
-                tasks[job] = pools[alone].submit(attempt, job, [*tasks.values()] if alone else [])
-    where = {"seeds": list(options.seeds), "coordref": cr.__version__, "numpy": np.__version__,
-             "cores": CORES, "device": options.device, "date": time.strftime("%Y-%m-%d"),
-             "python": sys.version.split()[0], "missing": MISSING}
+    tasks = {job: threads.submit(attempt, job) for job in every
+             if job not in done and experiments[job[0]].package not in MISSING}
+    where = {"seeds": [*options.seeds], "coordref": cr.__version__, "numpy": np.__version__,
+             "cores": CORES, "device": options.device, "date": time.strftime("%Y-%m-%d")}
     print("| verdict | claim | measured | source |\n| --- | --- | --- | --- |" if options.markdown
           else clip(", ".join(f"{name} {value}" for name, value in where.items()))
           + "\nmedian (worst) of the seeds, uniform / quadrant split; seconds of one core")
-    status, tty = 0, "\r\033[K" if sys.stderr.isatty() else ""
+    status, asked, tty = 0, None, "\r\033[K" if sys.stderr.isatty() else ""
     try:
         for question, row, groups in plan:
             try:
@@ -943,25 +873,22 @@ def table(rows, experiments, options):
             except KeyboardInterrupt:
                 status = 130
             print(end=tty, file=sys.stderr, flush=True)
-            if not options.markdown and question not in [row["question"] for row in told]:
-                print(f"\n{question}")
+            if question != asked and not options.markdown:
+                print(f"\n{(asked := question)}")
             told.append(judged(question, row, groups, done, errors, experiments, options.quick))
             print(shown(told[-1], options.markdown), flush=True)
     finally:
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.terminate()
-    status = status or int(bool(errors))
+    status = status or bool(errors)
     if not options.markdown:
-        verdicts = [row["verdict"] or "not judged" for row in told]
         spent = sum(done[job].get("core_seconds", 0) for job in every if job in done)
-        print(f"\n{len(told)} rows:", ", ".join(f"{verdicts.count(x)} {x}" for x in dict.fromkeys(
-            verdicts)) + f"; {time.monotonic() - start:.0f} s, {spent:.0f} core-seconds")
+        print(f"\n{len(told)} rows; {time.monotonic() - start:.0f} s, {spent:.0f} core-seconds")
     if options.json:
-        told = [{**row, "measured": "; ".join(row["measured"])} for row in told]
+        rows = [{**row, "measured": "; ".join(row["measured"])} for row in told]
         with open(options.json, "w") as file:
-            json.dump({"environment": where, "rows": told}, file, indent=1)
+            json.dump({"environment": where, "rows": rows}, file, indent=1)
     if options.figures and not status:
         draw(options.figures, [(job[0], done[job]) for job in every if job in done])
     if path == KEPT and not status and set(done) <= set(every):
@@ -972,13 +899,12 @@ def seeds(text):
     """N as the seeds from 10 to 9 + N, A:B as those from A to B - 1."""
     first, _, last = text.rpartition(":")
     found = range(int(first or 10), int(last) + (0 if first else 10))
-    if not found or found[0] < 0 or len(found) > 1000:
+    if not found or found[0] < 0:
         raise ValueError
     return found
 
 def target(text):
-    if os.path.isdir(text) or not os.access(os.path.dirname(os.path.abspath(text)), os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+    open(text, "ab").close()                            # which fails now, not after two minutes
     return text
 
 class Parser(argparse.ArgumentParser):
@@ -989,9 +915,8 @@ class Parser(argparse.ArgumentParser):
 def main():
     parser = Parser(prog="bench.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, kind, value in (("only", re.compile, "REGEX"), ("seeds", seeds, "N"),
-                              ("json", target, "FILE"), ("figures", os.path.abspath, "DIR")):
-        parser.add_argument(f"--{name}", type=kind, metavar=value)
+    for name, kind in (("only", re.compile), ("seeds", seeds), ("json", target), ("figures", str)):
+        parser.add_argument(f"--{name}", type=kind)
     for name in ("quick", "full", "list", "markdown"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
@@ -1000,8 +925,8 @@ def main():
     commands.add_parser("vectors").add_argument("file", metavar="FILE.npz", type=target)
     try:
         options = parser.parse_args()
-    except re.error as error:
-        parser.error(f"--only {error.pattern}: {error}")
+    except (re.error, OSError) as error:
+        parser.error(f"{' '.join(sys.argv[1:])}: {error}")
     rows = [(f"{row.id:29} {row.source:9} {row.claim}", question, row) for question, group in (
         FULL_ROWS if options.full else ROWS).items() for row in group]
     rows = [row for row in rows if not options.only or options.only.search(row[0])]
@@ -1009,16 +934,14 @@ def main():
             (options.command and sys.argv[1] != options.command, "a command takes no options"),
             (options.full and options.seeds, "--full has its own seeds"),
             (options.figures and (options.full or options.only), "--figures needs every row"),
-            (os.path.isfile(options.figures or ""), "--figures is a file"),
             (options.figures and "matplotlib" in MISSING, "--figures needs matplotlib"),
             (not rows, "--only fits no row"),
             (options.device == "gpu" and cr.best_module() is np, "no GPU answers to CuPy")):
         if wrong:
             parser.error(f"{' '.join(sys.argv[1:])}: {why}")
-    if options.list:
-        return print("\n".join(line for line, *_ in rows))
-    if options.command:
-        return ops() if options.command == "ops" else vectors(options.file)
+    if options.list or options.command:
+        return (print("\n".join(line for line, *_ in rows)) if options.list else
+                ops() if options.command == "ops" else vectors(options.file))
     options.seeds = range(10) if options.full else (options.seeds or seeds("3"))[
         :1 if options.quick else None]
     return table([row[1:] for row in rows], PUBLISHED if options.full else EXPERIMENTS, options)
