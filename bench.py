@@ -12,7 +12,6 @@ the worst stands in brackets. Recipes were chosen on seeds 0 to 4; --seeds N are
 A:B from A to B - 1. Every fourth test position counts, every sixteenth of squares, in --full all.
 """
 import os
-
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")    # a process a core: run_all
 
 import argparse
@@ -795,7 +794,6 @@ def jobs_of(row, experiments, options):
                    for seed in options.seeds[:of.seeds]]
 
 def judged(question, row, groups, done, errors, experiments, quick):
-    """A row as --json has it, but with figure and note apart in measured."""
     jobs, verdict = sum(groups, []), None
     runs = [{"name": job[0], "seed": job[1], **done[job]} for job in jobs if job in done]
     if missing := {experiments[name].package for name, *_ in jobs}.intersection(MISSING):
@@ -840,18 +838,19 @@ def table(rows, experiments, options):
                     done[name, seed, json.dumps(run["recipe"], sort_keys=True)] = run
     plan = [(question, row, [*jobs_of(row, experiments, options)]) for question, row in rows]
     every = list(dict.fromkeys(job for *_, groups in plan for job in sum(groups, [])))
-    own, lock, spawn = threading.local(), threading.Lock(), multiprocessing.get_context("spawn")
+    pools, lock, spawn = {}, threading.Lock(), multiprocessing.get_context("spawn")
     threads = ThreadPoolExecutor(CORES)
     def attempt(job):
         """By the process of this thread, and a new one when that dies: no other job dies."""
-        own.pool = getattr(own, "pool", None) or ProcessPoolExecutor(1, spawn, start_worker)
+        me = threading.get_ident()
+        pool = pools[me] = pools.get(me) or ProcessPoolExecutor(1, spawn, start_worker)
         try:
-            run = own.pool.submit(make_run, experiments[job[0]].run, options.device, *job[1:])
+            run = pool.submit(make_run, experiments[job[0]].run, options.device, *job[1:])
             done[job] = run.result()
             with lock, open(path, "a") as file:
                 file.write("\n" + json.dumps([*job[:2], done[job], stamp]) + "\n")
         except Exception as error:
-            own.pool, died = None, isinstance(error, BrokenExecutor)
+            pools[me], died = None, isinstance(error, BrokenExecutor)
             errors[job] = "its process died" if died else " ".join(repr(error).split())
     tasks = {job: threads.submit(attempt, job) for job in every
              if job not in done and experiments[job[0]].package not in MISSING}
@@ -881,6 +880,8 @@ def table(rows, experiments, options):
         threads.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.terminate()
+        for pool in filter(None, [*pools.values()]):
+            pool.shutdown()
     status = status or bool(errors)
     if not options.markdown:
         spent = sum(done[job].get("core_seconds", 0) for job in every if job in done)
@@ -896,7 +897,6 @@ def table(rows, experiments, options):
     return status
 
 def seeds(text):
-    """N as the seeds from 10 to 9 + N, A:B as those from A to B - 1."""
     first, _, last = text.rpartition(":")
     found = range(int(first or 10), int(last) + (0 if first else 10))
     if not found or found[0] < 0:
