@@ -221,8 +221,8 @@ def _number(fn, name, value, low, below=math.inf):
 
 
 def _choice(fn, name, value, allowed):
-    kind = ValueError if type(value) is type(allowed[0]) else TypeError
-    if kind is TypeError or value not in allowed:
+    if not isinstance(value, (str, Integral, np.bool_)) or value not in allowed:
+        kind = ValueError if isinstance(value, type(allowed[0])) else TypeError
         raise kind(f"{fn}: {name} must be one of {allowed}, got {value!r}")
     return value
 
