@@ -407,10 +407,10 @@ def _blocks(N, C, F, win, low):
     lines = max(min(room // math.prod(piece) - low.extra, win.out[0]), 1)
     together = max(room // ((lines + low.extra) * math.prod(piece)), 1)      # images
     total, steps = (N, *win.out), (together, lines, *piece)
-    for start in itertools.product(*(range(0, n, step) for n, step in zip(total, steps))):
-        images, *pixels = (slice(i, min(i + step, n)) for i, step, n in zip(start, steps, total))
-        before = tuple(p - o.start * s for p, o, s in zip(win.before, pixels, win.stride))
-        first, *rest = (o.stop - o.start for o in pixels)
+    for start in itertools.product(*[range(0, n, step) for n, step in zip(total, steps)]):
+        images, *pixels = [slice(i, min(i + step, n)) for i, step, n in zip(start, steps, total)]
+        before = [p - o.start * s for p, o, s in zip(win.before, pixels, win.stride)]
+        first, *rest = [o.stop - o.start for o in pixels]
         yield images, pixels, _Window(taps, win.stride, before, (first + low.extra, *rest))
 
 
@@ -431,7 +431,7 @@ def _lowered(x, block, fill=True):
 def _matrices(u, block, low, groups):
     """The matrices u_t, (N, G, rows, columns): views, where u is contiguous."""
     pixels, lines = math.prod(block.out[1:]), block.out[0]
-    runs = 1 + max(run for run, _ in low.starts)        # 1 where the runs are rows
+    runs = 1 + max([run for run, _ in low.starts])      # 1 where the runs are rows
     u = u.reshape(len(u), groups, low.rows, runs * lines * pixels)
     columns = (lines - low.extra) * pixels
     return [u[..., (run * lines + line) * pixels:][..., :columns] for run, line in low.starts]
