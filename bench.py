@@ -12,7 +12,7 @@ the worst stands in brackets. Recipes were chosen on seeds 0 to 4; --seeds N are
 A:B from A to B - 1. Every fourth test position counts, every sixteenth of squares, in --full all.
 """
 import os
-os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")    # a process a core: run_all
+os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")    # a process a core
 
 import argparse
 import importlib.util

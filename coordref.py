@@ -544,8 +544,8 @@ def _pads(fn, padding, rank, same):
     return tuple(tuple(_integer(fn, "padding", p, 0, wanted) for p in pair) for pair in pairs)
 
 
-def _steps(fn, kernel, stride, dilation):
-    """The taps of a kernel, its stride, and the pixels from its first tap to its last."""
+def _taps_and_span(fn, kernel, stride, dilation):
+    """The taps of a kernel, its stride, and its span: the pixels from first to last tap."""
     stride = _per_axis(fn, "stride", stride, len(kernel), 1)
     dilation = _per_axis(fn, "dilation", dilation, len(kernel), 1)
     taps = tuple(range(0, k * d, d) for k, d in zip(kernel, dilation))
@@ -554,7 +554,7 @@ def _steps(fn, kernel, stride, dilation):
 
 def _window(fn, size, kernel, stride, padding, dilation=1):
     """The window of a kernel over an image of the given size."""
-    taps, stride, span = _steps(fn, kernel, stride, dilation)
+    taps, stride, span = _taps_and_span(fn, kernel, stride, dilation)
     pads = _pads(fn, padding, len(size), [max((-(-n // s) - 1) * s + k - n, 0)
                                           for n, s, k in zip(size, stride, span)])
     out = tuple((n + p + q - k) // s + 1 for n, (p, q), k, s in zip(size, pads, span, stride))
@@ -637,7 +637,7 @@ def _transpose_window(fn, x, w, b, stride, padding, output_padding, dilation, gr
         raise ValueError(f"{fn}: groups={groups} must divide the {C} channels of x {shapes}")
     if b is not None and len(b) != F:
         raise ValueError(f"{fn}: b must be ({F},), for the filters of w, got {b.shape} {shapes}")
-    taps, stride, span = _steps(fn, kernel, stride, dilation)
+    taps, stride, span = _taps_and_span(fn, kernel, stride, dilation)
     extra = _per_axis(fn, "output_padding", output_padding, len(size), 0)
     if any(e >= max(s, tap.step) for e, s, tap in zip(extra, stride, taps)):
         raise ValueError(f"{fn}: output_padding must be smaller than stride or dilation, got "
@@ -1555,7 +1555,8 @@ def train(state, data, *, task, steps, batch_size=16, learning_rate=0.005, decay
     xp, dtype = _check_task(fn, state.net, data, task, scale, "train")
     if dtype == np.float16:
         raise TypeError(f"{fn}: float16 cannot hold Adam's moments; train in float32")
-    vectors = {"the parameters": _flatten(_params(state.net)), "m": state.m, "v": state.v}
+    flat = _flatten(_params(state.net))
+    vectors = {"the parameters": flat, "m": state.m, "v": state.v}
     _check(fn, vectors, dict.fromkeys(vectors, ["P"]))
     done, seed = (_integer(fn, f"state.{key}", getattr(state, key), 0) for key in ("step", "seed"))
     steps, workers = _integer(fn, "steps", steps, 1), _integer(fn, "workers", workers, 1)
@@ -1567,9 +1568,9 @@ def train(state, data, *, task, steps, batch_size=16, learning_rate=0.005, decay
     if comm is not None and not all(hasattr(comm, a) for a in ("rank", "size", "allgather")):
         raise TypeError(f"{fn}: comm must have rank, size and allgather, got {comm!r}")
 
-    def states(net, m, v):
+    def states(net, flat, m, v):
         params = _params(net)
-        flat, decays = _flatten(params), _flatten([xp.full_like(p, p.ndim > 1) for p in params])
+        decays = _flatten([xp.full_like(p, p.ndim > 1) for p in params])
         norms = [i for i, layer in enumerate(net) if _keeps_statistics(layer)]
         statistics = [net[i].options[key] for i in norms for key in ("mean", "var")]
         whole = any(layer.op is batch_norm for layer in net)
@@ -1605,7 +1606,7 @@ def train(state, data, *, task, steps, batch_size=16, learning_rate=0.005, decay
                 net = _with(net, _unflatten(flat, params), statistics)
                 yield State(net, m, v, step + 1, seed, loss)
 
-    return states(state.net, state.m, state.v)      # apart, so that bad arguments are refused now
+    return states(state.net, flat, state.m, state.v)    # apart: bad arguments are refused now
 
 
 @contextlib.contextmanager
