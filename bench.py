@@ -372,18 +372,24 @@ def factor(rival, ours):
             f"{slow / fast:.0f} times at this level", f"{percent(level)} correct took the "
             f"deconvolution {slow:,.0f} s, CoordConv {fast:.2g} s; it grows with the level")
 
-def in_seconds(goal, form, runs):
+def in_seconds(goal, form, *groups):
     """It holds if every run gets there within a minute, and is there at the end."""
-    took, good = [first(run, goal) for run in runs], [x >= goal for x in scores(runs)]
-    return (all(good) and max(took) < 60 or min(took) < math.inf and PART,
-            f"{sum(good)} of {len(good)} runs end there", "by seed: first there after "
-            + " ".join(f"{t:.0f}".replace("inf", "-") for t in took) + " s; in the end "
-            + " ".join(form(x).split()[0] for x in scores(runs)))
+    took = [[first(run, goal) for run in runs] for runs in groups]
+    ends, ever = ([sum(x >= goal for x in scores(runs)) for runs in groups],
+                  [sum(t < math.inf for t in times) for times in took])
+    verdict = sum(ends) == sum(map(len, took)) and max(map(max, took)) < 60 or any(ever) and PART
+    return (verdict, "{} / {} of {} at the end, {} / {} ever".format(*ends, len(took[0]), *ever),
+            *(f"{split} by seed: there after {' '.join(f'{t:.0f}' for t in times)} s; in the end "
+              + " ".join(form(x).split()[0] for x in scores(runs))
+              for split, times, runs in zip(SPLITS, took, groups)))
 
-def at_most(limit, form, run):
-    best = max(x for *_, x in run["curve"])
-    return (run["score"] < limit, form(run["score"]),
-            f"best {form(best)}, training part {form(run['train'])}, {run['seconds']:,.0f} s")
+def at_most(limits, form, *runs):
+    """None ends above the paper's figure."""
+    best = [max(x for *_, x in run["curve"]) for run in runs]
+    return (all(run["score"] < limit for run, limit in zip(runs, limits)),
+            " / ".join(form(run["score"]) for run in runs), "; ".join(
+                f"{split}: best {form(x)}, training part {form(run['train'])}, "
+                f"{run['seconds']:,.0f} s" for split, x, run in zip(SPLITS, best, runs)))
 
 def in_mean(low, high, runs, note=""):
     return low <= fmean(scores(runs)) <= high, f"{percent(fmean(scores(runs)))} in the mean", note
@@ -405,7 +411,7 @@ def on_both(name, run, seeds=None, cut=None, **recipe):
 CUT, BIASED = {"steps": 6, "every": 32}, {"training": "biased"}
 PAINT = {"beta1": 0.7, "beta2": 0.95, "iou_every": 16,      # a short memory is what it needs
          "square": {"steps": 200, "batch_size": 2, "learning_rate": 0.01}}
-DECONV = {"learning_rate": 0.005, "batch_size": 16, "curve": 6}
+DECONV = {"learning_rate": 0.005, "batch_size": 16, "curve": 6}     # rivals have one seed
 EXPERIMENTS = {
     **{run.__name__: Experiment(run, {}, 1) for run in (wired, listed, as_feature, counted)},
     **on_both("painter relative", painted, start="relative", steps=80, batch_size=4,
@@ -413,7 +419,6 @@ EXPERIMENTS = {
     **on_both("painter he", painted, None, {**CUT, "iou_every": 99, "square": {"steps": 5}},
               steps=(300, 600), batch_size=(2, 1), learning_rate=(0.012, 0.01), start="he",
               **PAINT),
-    # of the rivals one seed: CoordConv's time, and more
     **on_both("deconv", deconvolved, 1, CUT, task="classification", steps=(500, 360), **DECONV),
     **on_both("square deconv", deconvolved, 1, CUT, task="rendering", steps=200, **DECONV),
     **on_both("regressor salient", regressed, model="salient", steps=80, batch_size=4,
@@ -522,72 +527,55 @@ def published(seed, xp, *, model, task, split, scale, batch_size, epochs, share=
     steps = math.ceil(epochs * per_epoch * share)
     path = os.path.join(WORK, f"{model}-{task}-{split}-{l2:g}-{seed}-{steps}.npz")
     os.makedirs(WORK, exist_ok=True)
-    state, curve, end = cr.initial_state(net, seed=seed), np.zeros((epochs, 3)), "done"
+    state, curve = cr.initial_state(net, seed=seed), np.zeros((epochs, 3))
     if os.path.exists(path):
         state, curve = cr.load(path, (state, curve))
     done, spent = int((curve[:, 0] > 0).sum()), float(curve[:, 1].max())
     saved, start = time.monotonic(), time.process_time()
-    try:
-        for state in cr.train(state, data, steps=steps, batch_size=batch_size, decay=decay, l2=l2,
-                              learning_rate=learning_rate, **how):
-            if state.step % per_epoch == 0 or state.step == steps:
-                spent += time.process_time() - start
-                curve[done] = state.step / per_epoch, spent, tested(state.net, data, 5, **how)
-                done += 1
-                if time.monotonic() - saved > 60 * share:
-                    saved = cr.save(path, (state, curve)) or time.monotonic()
-                start = time.process_time()
-    except FloatingPointError as error:                 # an outcome like others
-        end = str(error)
+    for state in cr.train(state, data, steps=steps, batch_size=batch_size, decay=decay, l2=l2,
+                          learning_rate=learning_rate, **how):
+        if state.step % per_epoch == 0 or state.step == steps:
+            spent += time.process_time() - start
+            curve[done] = state.step / per_epoch, spent, tested(state.net, data, 5, **how)
+            done += 1
+            if time.monotonic() - saved > 60 * share:
+                saved = cr.save(path, (state, curve)) or time.monotonic()
+            start = time.process_time()
     score, train = (cr.evaluate(state.net, data, part=part, **how) for part in ("test", "train"))
     with suppress(FileNotFoundError):
         os.unlink(path)
-    curve, n = curve[:done].tolist(), max(done // 100, 1)
-    best = (min if task == "regression" else max)(curve, key=lambda point: point[2], default=None)
-    return {"score": score, "train": train, "end": end, "seconds": spent,
-            "curve": [[round(a, 2), round(b, 1), round(c, 4)] for i, (a, b, c) in enumerate(curve)
-                      if i % n == n - 1 or i == done - 1 or [a, b, c] == best]}
+    return {"score": score, "train": train, "seconds": spent, "curve": [
+        [round(a, 2), round(b, 1), round(c, 4)] for a, b, c in curve[:done].tolist()]}
 
-HOW = {"batch_size": 16, "epochs": 50, "decay": "constant", "scale": "pixel"}
-LONG = {**HOW, "model": "deconv_painter", "kernel": 2, "width": 1, "learning_rate": 0.01,
-        "l2": 0.001, "epochs": 1000, "decay": "step"}
-REGRESS = {**HOW, "task": "regression", "batch_size": 256, "epochs": 100, "scale": "unit"}
-PAINTER = {**HOW, "model": "coordconv_painter", "task": "classification", "learning_rate": 0.005}
+PAINTER = {"model": "coordconv_painter", "task": "classification", "scale": "pixel", "epochs": 50,
+           "batch_size": 16, "learning_rate": 0.005, "decay": "constant", "l2": 0.001}
+LONG = {**PAINTER, "model": "deconv_painter", "kernel": 2, "width": 1, "epochs": 1000,
+        "learning_rate": 0.01, "decay": "step"}
+REGRESS = {**PAINTER, "model": "coordconv_regressor", "task": "regression", "scale": "unit",
+           "epochs": 100, "batch_size": 256, "learning_rate": 0.01, "l2": 1e-5}
 PUBLISHED = {name: experiment for name, seeds, recipe in (      # seeds from 0 on
-    ("deconv k2 w1", 1, {**LONG, "task": "classification"}),
-    ("painter l2 0.001", 5, {**PAINTER, "l2": 0.001}), ("painter l2 0", 2, {**PAINTER, "l2": 0.0}),
-    ("coordconv regressor", 10, {**REGRESS, "model": "coordconv_regressor", "learning_rate": 0.01,
-                                 "l2": 1e-5}),
-    ("conv regressor", 5, {**REGRESS, "model": "conv_regressor", "learning_rate": 0.001,
-                           "l2": 1e-4}),
-    ("renderer", 3, {**HOW, "model": "coordconv_renderer", "task": "rendering", "l2": 0.001,
-                     "learning_rate": 0.005, "kernel": 3}),
-    ("square deconv k2 w1", 1, {**LONG, "task": "rendering"}),
+    ("deconv k2 w1", 1, LONG), ("square deconv k2 w1", 1, {**LONG, "task": "rendering"}),
+    ("painter l2 0.001", 5, PAINTER), ("painter l2 0", 2, {**PAINTER, "l2": 0.0}),
+    ("renderer", 3, {**PAINTER, "model": "coordconv_renderer", "task": "rendering", "kernel": 3}),
+    ("coordconv regressor", 10, REGRESS), ("conv regressor", 5, {
+        **REGRESS, "model": "conv_regressor", "learning_rate": 0.001, "l2": 1e-4}),
 ) for name, experiment in on_both(name, published, seeds, {"share": 0.01}, **recipe).items()}
-def of_full(id, claim, needs, *judges):
-    return [Row(f"full-{id}-{split}", claim.format(top, split), "paper", f"{needs} {split}", judge)
-            for split, (top, judge) in zip(SPLITS, judges)]
-
 FULL_ROWS = {
     PIXEL: [
-        *of_full("deconv", "deconvolution: up to {} %, {}", "deconv k2 w1",
-                 (86, partial(at_most, 0.865, percent)), (0, partial(at_most, 0.005, percent))),
-        *(row for l2 in ("0.001", "0") for row in of_full(
-            f"painter-l2-{l2}", "100 % in seconds, {1}, l2 {0}", f"painter l2 {l2}",
-            *[(l2, partial(in_seconds, 1, percent))] * 2))],
+        Row("full-deconv", "a deconvolution: up to 86 % / 0 %", "paper", "deconv k2 w1 *",
+            partial(at_most, (0.865, 0.005), percent)),
+        *(Row(f"full-painter-l2-{l2}", f"CoordConv: 100 % in seconds, l2 {l2}", "paper",
+              f"painter l2 {l2} *", partial(in_seconds, 1, percent)) for l2 in ("0.001", "0"))],
     SQUARE: [
-        *of_full("renderer", "CoordConv reaches IoU {}, {}", "renderer",
-                 *[(1, partial(in_seconds, 0.99, iou))] * 2),
-        *of_full("square-deconv", "deconvolution: IoU up to {}, {}", "square deconv k2 w1",
-                 (0.83, partial(at_most, 0.835, iou)), (0.36, partial(at_most, 0.365, iou)))],
+        Row("full-renderer", "CoordConv: IoU 1 in seconds", "paper", "renderer *",
+            partial(in_seconds, 0.99, iou)),
+        Row("full-square-deconv", "a deconvolution: IoU up to .83 / .36", "paper",
+            "square deconv k2 w1 *", partial(at_most, (0.835, 0.365), iou))],
     COORD: [
-        Row("full-coord", "one CoordConv net learns both splits", "paper", "coordconv regressor *",
-            some),
-        Row("full-conv-uniform", "a convolution learns the uniform split", "paper",
-            "conv regressor uniform", partial(by_seed, 1, 1, form=px)),
-        Row("full-conv-quadrant", "a convolution fails on the quadrant", "paper",
-            "conv regressor quadrant", lambda runs: (
-                min(scores(runs)) > 2, px(fmean(scores(runs)))))],
+        Row("full-coord", "one CoordConv on both splits", "paper", "coordconv regressor *", some),
+        Row("full-conv", "a convolution: uniform yes, quadrant no", "paper", "conv regressor *",
+            lambda u, q: (median(scores(u)) <= 1 and median(scores(q)) > 2,
+                          f"{spread(u, px)} / {spread(q, px)}"))],
     FASTER: [Row("full-factor", "CoordConv learns 150 times faster", "paper",
                  "deconv k2 w1 uniform, painter l2 0.001 uniform", factor)]}
 
@@ -705,9 +693,9 @@ def vectors(path):
         image = options.get("size") or size[2:]
         name = "-".join([op, "x".join(map(str, image)), *(
             key for key in options if key != "size")])  # such as conv-6x9-stride-padding
-        how = {k: v for k, v in options.items() if k not in ("size", "radius", "scale")}
-        grid = coords_by_definition(image, **{k: v for k, v in options.items() if k in (
-            "radius", "scale")})
+        of = {k: v for k, v in options.items() if k in ("radius", "scale")}
+        how = {k: v for k, v in options.items() if k not in ("size", *of)}
+        grid = coords_by_definition(image, **of)
         x = whole = None if size is None else rng.standard_normal(size)
         if "coord" in op and size:
             full = np.broadcast_to(x, (*size[:2], *image))
@@ -731,14 +719,12 @@ def vectors(path):
 
 PICTURES = "deconv quadrant", "painter he quadrant", "painter relative quadrant"
 
-def draw(folder, runs):
-    """What each network paints right over all positions; and score against core-seconds."""
+def positions(folder, runs):
+    """What each network paints right over all positions."""
     from matplotlib import pyplot as plt
-    os.makedirs(folder, exist_ok=True)
     data, coords = cr.not_so_clevr("quadrant"), cr.not_so_clevr().coords
     hot, _ = cr.forward(cr.encoder_network((64, 64)), coords.astype(np.float32)[:, :, None, None])
-    told = [next(run["picture"] for name, run in runs if name == wanted) for wanted in PICTURES]
-    told.append(hot.reshape(len(hot), -1).argmax(axis=1))
+    told = *(runs[name]["picture"] for name in PICTURES), hot.reshape(len(hot), -1).argmax(axis=1)
     figure, axes = plt.subplots(1, 4, figsize=(9, 3.2), sharey=True, layout="constrained")
     for ax, found, title in zip(axes, told, ("deconvolution", "CoordConv, he_normal",
                                              "CoordConv, our start", "wired by hand")):
@@ -751,23 +737,33 @@ def draw(folder, runs):
         ax.set_title(f"{title}\ntrain {train}, test {test}", fontsize=9)
     figure.suptitle("Painted right: blue; trained outside the frame, tested inside", fontsize=10)
     figure.savefig(os.path.join(folder, "positions.png"), dpi=100)
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharey="row", layout="constrained")
-    for name, run in runs:
-        task, start, *split = f"{name} -".replace("deconv", "painter conv").split()
-        if task in ("painter", "regressor"):
-            i, (_, spent, found) = int(task == "regressor"), np.transpose(run["curve"])
-            style, label = {"he": ("#e69f00", "CoordConv, he_normal"), "conv": (
-                "#000000", "without coordinates")}.get(start, ("#0072b2", "CoordConv, our start"))
-            axes[i, SPLITS.index(split[0])].plot(spent, found * (100, 1)[i], "o-", color=style,
-                                                 label=label, markersize=4)
+
+PANELS = (      # whose score it is, what, and the paper's figures for deconvolution by split
+    ("^(painter|deconv)", "part of positions right", (0.86, 0)),
+    ("regressor", "distance (px)", None), ("renderer|square", "IoU", (0.83, 0.36)))
+COLORS = {"deconv|^conv|or conv": ("black", "without coordinates"), "relative|salient": (
+    "#0072b2", "CoordConv, our start"), "": ("#e69f00", "CoordConv, he_normal")}
+
+def curves(folder, runs, full):
+    """Score against steps or epochs, and core-seconds, a line a run; the paper's are dotted."""
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(2 + full, 4, figsize=(12, 6 + 3 * full), sharey="row",
+                                layout="constrained")
+    lines, units = {}, ("epochs" if full else "steps", "core-seconds")
     for (i, j), ax in np.ndenumerate(axes):
-        ax.set(xscale="log", xlabel="core-seconds of training",
-               title=f"{('coordinate to pixel', 'image to coordinate')[i]}, {SPLITS[j]} split",
-               ylabel=("test positions right (%)", "mean distance (pixels)")[i] * (j == 0))
+        pattern, what, paper = PANELS[i]
+        for name, run in runs:
+            if re.search(pattern, name) and name.endswith(SPLITS[j // 2]):
+                color, label = next(COLORS[key] for key in COLORS if re.search(key, name))
+                points = np.transpose(run["curve"])
+                lines[label], = ax.plot(points[j % 2], points[2], color=color, linewidth=0.8)
+        for y, color in zip((paper[j // 2], 1), ("black", "#e69f00")) if paper else ():
+            ax.axhline(y, color=color, linestyle=":")
+        ax.set(xscale="log", xlabel=f"{units[j % 2]}, {SPLITS[j // 2]}", ylabel=what * (j == 0))
         ax.xaxis.set_major_formatter("{x:g}")
-    lines = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3)
-    figure.savefig(os.path.join(folder, "time.png"), dpi=100)
+        ax.xaxis.set_minor_formatter("")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
+    figure.savefig(os.path.join(folder, "full.png" if full else "time.png"), dpi=100)
 
 # THE COMMAND: a job is (name, seed, recipe as JSON) ----------------------------------------------
 def start_worker():
@@ -891,7 +887,11 @@ def table(rows, experiments, options):
         with open(options.json, "w") as file:
             json.dump({"environment": where, "rows": rows}, file, indent=1)
     if options.figures and not status:
-        draw(options.figures, [(job[0], done[job]) for job in every if job in done])
+        os.makedirs(options.figures, exist_ok=True)
+        runs = [(job[0], done[job]) for job in every if job in done]
+        curves(options.figures, runs, options.full)
+        if not options.full:
+            positions(options.figures, dict(runs[::-1]))
     if path == KEPT and not status and set(done) <= set(every):
         os.unlink(path)
     return status
@@ -933,7 +933,7 @@ def main():
     for wrong, why in (
             (options.command and sys.argv[1] != options.command, "a command takes no options"),
             (options.full and options.seeds, "--full has its own seeds"),
-            (options.figures and (options.full or options.only), "--figures needs every row"),
+            (options.figures and options.only, "--figures needs every row"),
             (options.figures and "matplotlib" in MISSING, "--figures needs matplotlib"),
             (not rows, "--only fits no row"),
             (options.device == "gpu" and cr.best_module() is np, "no GPU answers to CuPy")):
