@@ -567,7 +567,7 @@ FULL_ROWS = {
         *(Row(f"full-painter-l2-{l2}", f"CoordConv: 100 % in seconds, l2 {l2}", "paper",
               f"painter l2 {l2} *", partial(in_seconds, 1, percent)) for l2 in ("0.001", "0"))],
     SQUARE: [
-        Row("full-renderer", "CoordConv: IoU 1, uniform split", "paper", "renderer uniform",
+        Row("full-renderer", "CoordConv: IoU 1 on both splits", "paper", "renderer *",
             partial(ended, False, (0.99, 0.99), iou)),
         Row("full-square-deconv", "a deconvolution: up to .83, uniform", "paper",
             "square deconv k2 w1 uniform", partial(ended, True, (0.835, 0.365), iou))],
