@@ -569,8 +569,8 @@ FULL_ROWS = {
     SQUARE: [
         Row("full-renderer", "CoordConv: IoU 1 on both splits", "paper", "renderer *",
             partial(ended, False, (0.99, 0.99), iou)),
-        Row("full-square-deconv", "a deconvolution: up to .83, uniform", "paper",
-            "square deconv k2 w1 uniform", partial(ended, True, (0.835, 0.365), iou))],
+        Row("full-square-deconv", "a deconvolution: IoU up to .83 / .36", "paper",
+            "square deconv k2 w1 *", partial(ended, True, (0.835, 0.365), iou))],
     COORD: [
         Row("full-coord", "one CoordConv on both splits", "paper", "coordconv regressor *", some),
         Row("full-conv", "a convolution: uniform yes, quadrant no", "paper", "conv regressor *",
