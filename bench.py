@@ -378,7 +378,7 @@ def in_seconds(goal, form, *groups):
                   [sum(t < math.inf for t in times) for times in took])
     return (sum(ends) == sum(map(len, took)) and max(map(max, took)) < 60 or any(ever) and PART,
             "{} / {} of {} at the end, {} / {} ever".format(*ends, len(took[0]), *ever),
-            *("{}: by seed in epoch {}; {:.0f} s at best; at the end {}".format(
+            *("{}: by seed in epoch {}, {:.0f} s at best, at the end {}".format(
                 split, " ".join(f"{n:.0f}" for n in epoch), min(times),
                 " ".join(form(x).split()[0] for x in scores(runs))).replace("inf", "-")
               for split, times, epoch, runs in zip(SPLITS, took, epochs, groups)))
@@ -891,7 +891,7 @@ def table(rows, experiments, options):
         runs = [(job[0], done[job]) for job in every if job in done]
         curves(options.figures, runs, options.full)
         if not options.full:
-            positions(options.figures, dict(runs[::-1]))
+            positions(options.figures, dict(runs[::-1]))    # of the first seed
     if path == KEPT and not status and set(done) <= set(every):
         os.unlink(path)
     return status
