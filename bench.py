@@ -6,6 +6,7 @@
     python bench.py --full            the published lengths, by the runs in figures/full.jsonl
     python bench.py ops               speed by shape and by size, against SciPy and PyTorch
     python bench.py vectors FILE      cases with their results, to check another implementation
+    python bench.py check MODULE:NAME [--options JSON]   what your layer's coordinates are
 
 Rows are claims of the paper (Liu et al. 2018), of its critic (Piekniewski 2018), of the article on
 both (QbitAI 2018), or of coordref. Recipes were chosen on seeds 0 to 4, and are shown on others.
@@ -2444,71 +2445,131 @@ def ops(arguments, repeats=5):
     return 0
 
 
-# VECTORS: cases to check others -----------------------------------------------------------------
+# VECTORS: cases to check others ------------------------------------------------------------------
+# The cases are computed by loops over the definitions alone, in float64.
 
-R, S, P, S2 = {"radius": True}, {"padding": "same"}, {"scale": "pixel"}, {"stride": 2}
-CASES = {  # by op: the shapes of x and w without the coordinates, with a bias or not, options
-    "coord_channels": [
-        (None, None, 0, {"size": size, **more})
-        for size, more in (
-            *itertools.product(((5,), (3, 4), (1, 6), (7, 2), (2, 3, 4)), ({}, R)),
-            ((4, 3), P),
-        )
-    ],
-    "add_coords": [
-        (size, None, 0, more)
-        for size, more in (
-            ((2, 3, 4), {}),
-            ((2, 1, 3, 5), R),
-            ((1, 2, 1, 4), P),
-            ((2, 3, 2, 3, 4), R),
-        )
-    ],
-    "conv": [
-        ((2, 3, 8), (4, 3, 3), 1, {}),
-        ((2, 3, 9), (4, 3, 4), 0, S2 | {"padding": ((0, 3),)}),
-        ((1, 2, 10), (3, 2, 3), 1, {"dilation": 3} | S),
-        ((2, 3, 6, 7), (4, 3, 1, 1), 1, {}),
-        ((2, 4, 5, 6), (6, 2, 3, 2), 1, {"groups": 2} | PADDED),
-        ((3, 2, 1, 5), (4, 2, 1, 3), 1, S),
-        ((2, 3, 6, 9), (2, 3, 2, 3), 1, {"stride": (1, 3), "padding": ((0, 1), (2, 0))}),
-        ((1, 3, 9, 8), (3, 1, 3, 3), 1, {"groups": 3, "dilation": (2, 1)}),
-        ((2, 2, 7, 6), (3, 2, 4, 4), 1, S2 | S),
-        ((1, 2, 4, 3, 5), (3, 2, 2, 3, 2), 1, PADDED),
-        ((2, 2, 5, 4, 3), (2, 1, 3, 2, 1), 0, {"groups": 2} | S2 | S),
-    ],
-    "conv_transpose": [
-        ((2, 3, 5), (3, 4, 3), 1, {}),
-        ((2, 4, 6), (4, 3, 4), 1, S2 | S | {"groups": 2}),
-        ((2, 3, 3, 4), (3, 2, 2, 3), 0, S2 | {"padding": ((0, 1), (1, 0))}),
-        ((1, 3, 4, 3), (3, 5, 3, 2), 1, {"stride": (3, 2), "output_padding": (2, 1)}),
-        ((2, 2, 4, 5), (2, 3, 2, 2), 1, {"dilation": 2} | PADDED),
-        ((2, 2, 3, 2), (2, 3, 3, 3), 1, S2 | S),
-        ((1, 2, 2, 3, 2), (2, 2, 2, 1, 3), 1, S2),
-    ],
-    "coord_conv": [
-        ((2, 3, 6), (4, 3, 3), 1, S),
-        ((2, 3, 4, 7), (4, 3, 1, 1), 1, {}),
-        ((1, 2, 6, 9), (3, 2, 3, 2), 0, {"stride": (2, 3), "padding": ((0, 2), (1, 0))}),
-        ((2, 1, 7, 3), (3, 1, 2, 3), 1, P | {"dilation": (3, 1)}),
-        ((2, 3, 5, 4), (2, 3, 3, 3), 1, S | R),
-        ((2, 2, 1, 5), (3, 2, 1, 3), 1, R | PADDED),
-        ((2, 2, 3, 4, 2), (2, 2, 2, 2, 2), 1, R),
-        ((3, 2, 1, 1), (4, 2, 1, 1), 1, {"size": (3, 5)}),
-        ((2, 2, 1, 1), (3, 2, 3, 2), 1, {"size": (4, 6)} | S | R | S2),
-        ((2, 3, 1), (2, 3, 2), 0, {"size": (5,)} | P),
-    ],
-}
+# One case: the op; the shape of x, None for coord_channels; that of w without the channels of the
+# coordinates, None where there is no w; whether it has a bias; the options.
+Case = namedtuple("Case", "op x w bias options")
+
+RADIUS = {"radius": True}
+SAME = {"padding": "same"}
+PIXELS = {"scale": "pixel"}
+STRIDE_2 = {"stride": 2}
+
+# The images whose coordinates are in the vectors, and on which `check` tries a layer.
+COORD_SIZES = ((5, 5), (3, 4), (7, 2), (1, 6), (5,), (2, 3, 4))
+
+COORD_CASES = [
+    Case("coord_channels", None, None, False, {"size": size, **more})
+    for size in COORD_SIZES
+    for more in ({}, RADIUS)
+]
+CASES = [
+    *COORD_CASES,
+    Case("coord_channels", None, None, False, {"size": (4, 3), **PIXELS}),
+    Case("add_coords", (2, 3, 4), None, False, {}),
+    Case("add_coords", (2, 3, 4, 5), None, False, {}),
+    Case("add_coords", (2, 1, 3, 5), None, False, RADIUS),
+    Case("add_coords", (1, 2, 1, 4), None, False, PIXELS),
+    Case("add_coords", (2, 3, 2, 3, 4), None, False, RADIUS),
+    Case("conv", (2, 3, 8), (4, 3, 3), True, {}),
+    Case("conv", (2, 3, 9), (4, 3, 4), False, STRIDE_2 | {"padding": ((0, 3),)}),
+    Case("conv", (1, 2, 10), (3, 2, 3), True, {"dilation": 3} | SAME),
+    Case("conv", (2, 3, 6, 7), (4, 3, 1, 1), True, {}),
+    Case("conv", (2, 4, 5, 6), (6, 2, 3, 2), True, {"groups": 2} | PADDED),
+    Case("conv", (3, 2, 1, 5), (4, 2, 1, 3), True, SAME),
+    Case(
+        "conv",
+        (2, 3, 6, 9),
+        (2, 3, 2, 3),
+        True,
+        {"stride": (1, 3), "padding": ((0, 1), (2, 0))},
+    ),
+    Case("conv", (1, 3, 9, 8), (3, 1, 3, 3), True, {"groups": 3, "dilation": (2, 1)}),
+    Case("conv", (2, 2, 7, 6), (3, 2, 4, 4), True, STRIDE_2 | SAME),
+    Case("conv", (1, 2, 4, 3, 5), (3, 2, 2, 3, 2), True, PADDED),
+    Case("conv", (2, 2, 5, 4, 3), (2, 1, 3, 2, 1), False, {"groups": 2} | STRIDE_2 | SAME),
+    Case("conv_transpose", (2, 3, 5), (3, 4, 3), True, {}),
+    Case("conv_transpose", (2, 4, 6), (4, 3, 4), True, STRIDE_2 | SAME | {"groups": 2}),
+    Case(
+        "conv_transpose",
+        (2, 3, 3, 4),
+        (3, 2, 2, 3),
+        False,
+        STRIDE_2 | {"padding": ((0, 1), (1, 0))},
+    ),
+    Case(
+        "conv_transpose",
+        (1, 3, 4, 3),
+        (3, 5, 3, 2),
+        True,
+        {"stride": (3, 2), "output_padding": (2, 1)},
+    ),
+    Case("conv_transpose", (2, 2, 4, 5), (2, 3, 2, 2), True, {"dilation": 2} | PADDED),
+    Case("conv_transpose", (2, 2, 3, 2), (2, 3, 3, 3), True, STRIDE_2 | SAME),
+    Case("conv_transpose", (1, 2, 2, 3, 2), (2, 2, 2, 1, 3), True, STRIDE_2),
+    Case("coord_conv", (2, 3, 6), (4, 3, 3), True, SAME),
+    Case("coord_conv", (2, 3, 4, 7), (4, 3, 1, 1), True, {}),
+    Case("coord_conv", (2, 3, 5, 6), (4, 3, 3, 3), True, PADDED),
+    Case("coord_conv", (2, 3, 5, 6), (4, 3, 3, 3), True, PADDED | RADIUS),
+    Case(
+        "coord_conv",
+        (1, 2, 6, 9),
+        (3, 2, 3, 2),
+        False,
+        {"stride": (2, 3), "padding": ((0, 2), (1, 0))},
+    ),
+    Case("coord_conv", (2, 1, 7, 3), (3, 1, 2, 3), True, PIXELS | {"dilation": (3, 1)}),
+    Case("coord_conv", (2, 3, 5, 4), (2, 3, 3, 3), True, SAME | RADIUS),
+    Case("coord_conv", (2, 2, 1, 5), (3, 2, 1, 3), True, RADIUS | PADDED),
+    Case("coord_conv", (2, 2, 3, 4, 2), (2, 2, 2, 2, 2), True, RADIUS),
+    Case("coord_conv", (3, 2, 1, 1), (4, 2, 1, 1), True, {"size": (3, 5)}),
+    Case(
+        "coord_conv",
+        (2, 2, 1, 1),
+        (3, 2, 3, 2),
+        True,
+        {"size": (4, 6)} | SAME | RADIUS | STRIDE_2,
+    ),
+    Case("coord_conv", (2, 3, 1), (2, 3, 2), False, {"size": (5,)} | PIXELS),
+]
 
 
 def coords_by_definition(size, radius=False, scale="unit"):
+    """coord_channels, pixel by pixel."""
     y = np.zeros((len(size) + radius, *size))
     for i in np.ndindex(*size):
-        at = [
-            k if scale == "pixel" else 2 * k / (n - 1) - 1 if n > 1 else 0 for k, n in zip(i, size)
-        ]
-        y[:, *i] = [*at, math.hypot(*at)][: len(y)]
+        at = list(i)
+        if scale == "unit":
+            at = [2 * k / (n - 1) - 1 if n > 1 else 0 for k, n in zip(i, size)]
+        if radius:
+            at.append(math.hypot(*at))
+        y[:, *i] = at
     return y
+
+
+def each_axis(value, rank):
+    """An option as an array with an entry for each axis."""
+    return np.array([value] * rank if isinstance(value, int) else value)
+
+
+def pads_by_definition(padding, size, kernel, stride, dilation, output_padding):
+    """A (before, after) pair for each axis; output_padding is None but for a transposed one."""
+    pairs = []
+    for a, (n, k, s, d) in enumerate(zip(size, kernel, stride, dilation)):
+        if padding == "same" and output_padding is None:
+            outputs = math.ceil(n / s)
+            total = max((outputs - 1) * s + (k - 1) * d + 1 - n, 0)
+            pairs.append((total // 2, total - total // 2))
+        elif padding == "same":
+            total = (n - 1) * s + (k - 1) * d + 1 + output_padding[a] - n * s
+            pairs.append((total // 2, total - total // 2))
+        elif isinstance(padding, int):
+            pairs.append((padding, padding))
+        else:
+            pairs.append(padding[a])
+    return np.array(pairs)
 
 
 def conv_by_definition(
@@ -2516,70 +2577,89 @@ def conv_by_definition(
 ):
     """y, dy, dx, dw, b and db. Output pixel o of the convolution reads pixel i through tap k; the
     transposed one, which output_padding stands for, has x where the other has y."""
-    rank, transposed = x.ndim - 2, output_padding is not None
-    s, d, e = (
-        np.array([v] * rank if isinstance(v, int) else v)
-        for v in (stride, dilation, output_padding or 0)
-    )
-    n, span = np.array(x.shape[2:]), (np.array(w.shape[2:]) - 1) * d + 1
-    full = (n - 1) * s + span + e
-    if padding == "same":
-        total = full - n * s if transposed else np.maximum((-(-n // s) - 1) * s + span - n, 0)
-        padding = np.stack([total // 2, total - total // 2], axis=1)
-    each = [padding] * rank if isinstance(padding, int) else padding
-    before, both = zip(*((p, 2 * p) if np.ndim(p) == 0 else (p[0], sum(p)) for p in each))
-    small = n if transposed else (n + both - span) // s + 1
-    large = full - both if transposed else n
-    C, F = x.shape[1], w.shape[1] * groups if transposed else len(w)
+    transposed = output_padding is not None
+    rank = x.ndim - 2
+    size = np.array(x.shape[2:])
+    kernel = np.array(w.shape[2:])
+    stride = each_axis(stride, rank)
+    dilation = each_axis(dilation, rank)
+    extra = each_axis(output_padding, rank) if transposed else None
+    pads = pads_by_definition(padding, size, kernel, stride, dilation, extra)
+    before = pads[:, 0]
+    span = (kernel - 1) * dilation + 1
+    if transposed:
+        small = size
+        large = (size - 1) * stride + span + extra - pads.sum(axis=1)
+    else:
+        large = size
+        small = (size + pads.sum(axis=1) - span) // stride + 1
+    C = x.shape[1]
+    F = w.shape[1] * groups if transposed else len(w)
     y = np.zeros((len(x), F, *(large if transposed else small)))
-    b, dy = draw(F) * bias, draw(y.shape)
-    dx, dw = np.zeros_like(x), np.zeros_like(w)
-    for o, k in itertools.product(np.ndindex(*small), np.ndindex(*w.shape[2:])):
-        i = tuple(o * s + k * d - before)
+    b = draw(F) * bias
+    dy = draw(y.shape)
+    dx = np.zeros_like(x)
+    dw = np.zeros_like(w)
+    for o, k in itertools.product(np.ndindex(*small), np.ndindex(*kernel)):
+        i = tuple(o * stride + k * dilation - before)
+        if not all(0 <= a < n for a, n in zip(i, large)):
+            continue
         at_x, at_y = (o, i) if transposed else (i, o)
         for n, c, f in np.ndindex(len(x), C, F):
-            if c // (C // groups) == f // (F // groups) and all(
-                0 <= a < m for a, m in zip(i, large)
-            ):
-                tap = (c, f % (F // groups), *k) if transposed else (f, c % (C // groups), *k)
-                y[n, f, *at_y] += x[n, c, *at_x] * w[tap]
-                dx[n, c, *at_x] += dy[n, f, *at_y] * w[tap]
-                dw[tap] += dy[n, f, *at_y] * x[n, c, *at_x]
-    return y + b.reshape(-1, *(1,) * rank), dy, dx, dw, b, dy.sum(axis=(0, *range(2, y.ndim)))
+            if c // (C // groups) != f // (F // groups):
+                continue
+            tap = (c, f % (F // groups), *k) if transposed else (f, c % (C // groups), *k)
+            y[n, f, *at_y] += x[n, c, *at_x] * w[tap]
+            dx[n, c, *at_x] += dy[n, f, *at_y] * w[tap]
+            dw[tap] += dy[n, f, *at_y] * x[n, c, *at_x]
+    y += b.reshape(-1, *(1,) * rank)
+    return y, dy, dx, dw, b, dy.sum(axis=(0, *range(2, y.ndim)))
+
+
+def case_name(case):
+    """Such as conv-6x9-stride-padding."""
+    size = case.options.get("size") or case.x[2:]
+    more = [key for key in case.options if key != "size"]
+    return "-".join([case.op, "x".join(map(str, size)), *more])
+
+
+def arrays_of_case(case, rng):
+    """The arrays of a case, by name."""
+    of_coords = {k: v for k, v in case.options.items() if k in ("radius", "scale")}
+    of_conv = {k: v for k, v in case.options.items() if k not in ("size", *of_coords)}
+    if case.x is None:
+        return {"y": coords_by_definition(case.options["size"], **of_coords)}
+    C = case.x[1]
+    size = case.options.get("size") or case.x[2:]
+    x = rng.standard_normal(case.x)
+    read = x  # what the convolution reads: x, tiled, with coordinates
+    if "coord" in case.op:
+        coords = coords_by_definition(size, **of_coords)
+        tiled = np.broadcast_to(x, (*case.x[:2], *size))
+        read = np.concatenate([tiled, np.stack([coords] * len(x))], axis=1)
+    if case.w is None:
+        dy = rng.standard_normal(read.shape)
+        return {"x": x, "y": read, "dy": dy, "dx": dy[:, :C]}
+    F, c, *kernel = case.w
+    w = rng.standard_normal((F, c + read.shape[1] - C, *kernel))
+    if case.op == "conv_transpose":
+        of_conv = {"output_padding": 0} | of_conv
+    y, dy, dx, dw, b, db = conv_by_definition(read, w, case.bias, rng.standard_normal, **of_conv)
+    dx = dx[:, :C]
+    if "size" in case.options:
+        dx = dx.sum(axis=tuple(range(2, dx.ndim)), keepdims=True)
+    arrays = {"x": x, "w": w, "y": y, "dy": dy, "dx": dx, "dw": dw}
+    return arrays | ({"b": b, "db": db} if case.bias else {})
 
 
 def write_vectors(path):
     """Write the cases, in float64 and the same bytes each time, as arrays case/x, case/w, ..."""
-    rng, arrays = np.random.default_rng(0), {}
-    for op, (size, kernel, bias, options) in ((op, c) for op, cs in CASES.items() for c in cs):
-        found = {"options": json.dumps({"op": op, **options})}
-        image = options.get("size") or size[2:]
-        name = "-".join(
-            [op, "x".join(map(str, image)), *(key for key in options if key != "size")]
-        )  # such as conv-6x9-stride-padding
-        of = {k: v for k, v in options.items() if k in ("radius", "scale")}
-        how = {k: v for k, v in options.items() if k not in ("size", *of)}
-        grid = coords_by_definition(image, **of)
-        x = whole = None if size is None else rng.standard_normal(size)
-        if "coord" in op and size:
-            full = np.broadcast_to(x, (*size[:2], *image))
-            whole = np.concatenate([full, np.stack([grid] * len(x))], axis=1)
-        if kernel is None:
-            y, dy = (grid, None) if x is None else (whole, rng.standard_normal(whole.shape))
-            dx = dy
-        else:
-            w = rng.standard_normal((kernel[0], kernel[1] + whole.shape[1] - size[1], *kernel[2:]))
-            transposed = {"output_padding": 0} if op == "conv_transpose" else {}
-            y, dy, dx, dw, b, db = conv_by_definition(
-                whole, w, bias, rng.standard_normal, **transposed | how
-            )
-            found |= {"w": w, "dw": dw} | ({"b": b, "db": db} if bias else {})
-            if "size" in options:
-                dx = dx.sum(axis=tuple(range(2, dx.ndim)), keepdims=True)
-        found["y"] = y
-        if size:
-            found |= {"x": x, "dy": dy, "dx": dx[:, : size[1]]}
-        arrays |= {f"{name}/{key}": a for key, a in found.items()}
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for case in CASES:
+        name = case_name(case)
+        arrays[f"{name}/options"] = json.dumps({"op": case.op, **case.options})
+        arrays |= {f"{name}/{key}": a for key, a in arrays_of_case(case, rng).items()}
     with open(path, "wb") as file:  # the very name that was given
         np.savez(file, **arrays)
 
@@ -2592,8 +2672,228 @@ def vectors(arguments):
     return 0
 
 
-# CHECK: run the cases on another implementation --------------------------------------------------
-# (the command `check MODULE:NAME [--options JSON]` goes here, and into COMMANDS below)
+# CHECK: what another implementation of the coordinates does differently --------------------------
+
+CHECK_TEXT = """\
+Run a layer that adds coordinates, or a CoordConv layer, on the images of the vectors, and say
+image by image what its coordinates are where they are not those of coordref.
+
+MODULE is a file, or a module that Python finds from this folder. NAME is a function of a NumPy
+array (N, C, *size), or a class of PyTorch, which is made with --options. Of a class that ends in
+a convolution, what this convolution gets is looked at. Channels come first."""
+
+
+def scalings(i, n, m):
+    """The pixels i of n on the scales that others use, where the other axis has m. On an axis of
+    length 1 NumPy and PyTorch give NaN for 0 / 0."""
+    return {
+        "NaN on an axis of length 1": 2 * i / (n - 1) - 1,  # where it is not just right
+        "divided by the other's length": 2 * i / (m - 1) - 1,
+        "from 0 to 1": i / (n - 1),
+        "from -1/2 to 1/2": i / (n - 1) - 0.5,
+        "in pixels": i,
+        "divided by the length, not by one less": 2 * i / n - 1,
+        "at the centres of pixels": (2 * i + 1) / n - 1,
+    }
+
+
+def same(a, b):
+    """Whether two arrays are equal to the rounding of float32, NaN where NaN is."""
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def explained_axis(channel, size):
+    """The axis that a channel is the coordinate of, and how it is scaled; None if not known."""
+    right = coords_by_definition(size)
+    for axis, want in enumerate(right):
+        if same(channel, want):
+            return axis, ""
+    for axis, n in enumerate(size):
+        i = np.indices(size)[axis].astype(np.float64)
+        with np.errstate(all="ignore"):
+            known = scalings(i, np.float64(n), np.float64(size[axis - 1]))
+        for name, scaled in known.items():
+            if same(channel, scaled):
+                return axis, name
+    for axis, want in enumerate(right):
+        shift = channel.flat[0] - want.flat[0]
+        if np.isfinite(shift) and same(channel - shift, want):
+            return axis, f"shifted by {shift:.3g}"
+        if same(-channel, want):
+            return axis, "from 1 to -1"
+    return None
+
+
+def explained_radius(channel, coords):
+    """What is wrong with a radius, beside the coordinates it is made of; "" if nothing is."""
+    for centre in (0, 0.5, -0.5):
+        if same(channel, np.sqrt(sum((c - centre) ** 2 for c in coords))):
+            return "radius off centre" if centre else ""
+    most = np.nanmax(channel) if np.isfinite(channel).any() else math.nan
+    right = np.sqrt(sum(c**2 for c in coords))
+    if same(channel * right.max(), right * most):
+        return f"radius scaled to at most {most:.3g}"
+    return "radius not known"
+
+
+def explained(added, size):
+    """What is different about the coordinate channels (K, *size) that a layer adds: phrases."""
+    names = "row col".split() if len(size) == 2 else [f"axis {a}" for a in range(len(size))]
+    rank = len(size)
+    if len(added) not in (rank, rank + 1):
+        return [f"{len(added)} channels are added, not {rank} or, with radius, {rank + 1}"]
+    found = [explained_axis(channel, size) for channel in added[:rank]]
+    phrases = []
+    order = [axis for axis, _ in filter(None, found)]
+    if None not in found and order != list(range(rank)):
+        if sorted(order) == list(range(rank)):
+            phrases.append(f"channels swapped: ({', '.join(names[a] for a in order)})")
+        else:
+            phrases.append(f"channels of the axes {order}")
+    for name, channel, known in zip(names, added, found):
+        if known is None:
+            phrases.append(f"{name} {'not known' if np.isfinite(channel).all() else 'NaN'}")
+        elif known[1]:
+            phrases.append(f"{names[known[0]]} {known[1]}")
+    if len(added) == rank + 1:
+        phrases.append(explained_radius(added[rank], added[:rank]))
+    if not np.isfinite(added).all() and not any("NaN" in phrase for phrase in phrases):
+        phrases.append("NaN or infinite on an axis of length 1" if 1 in size else "not finite")
+    return [phrase for phrase in phrases if phrase]
+
+
+def load_layer(text, options):
+    """The function or the class that MODULE:NAME names, and a class as an object."""
+    module, _, name = text.rpartition(":")
+    if not module or not name:
+        raise ValueError(f"{text} is not MODULE:NAME, such as layers.py:AddCoords")
+    if module.endswith(".py"):
+        spec = importlib.util.spec_from_file_location("checked_layer", module)
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+    else:
+        sys.path.insert(0, os.getcwd())
+        found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found(**options) if isinstance(found, type) else partial(found, **options)
+
+
+def inner_convolution(layer):
+    """The convolution that a PyTorch layer ends in, None if it has none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(layer, torch.nn.Module):
+        return None
+    kinds = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    found = [part for part in layer.modules() if isinstance(part, kinds)]
+    # a layer that inherits from a convolution may hold the one that it uses
+    return found[-1] if found else None
+
+
+def read_by(layer, x):
+    """What a layer makes of x before its convolution, if it has one, as a NumPy array."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(layer, torch.nn.Module):
+        return np.asarray(layer(x))
+    seen = []
+    conv = inner_convolution(layer)
+    if conv is not None:
+        hook = conv.register_forward_pre_hook(lambda part, given: seen.append(given[0]))
+    y = None
+    try:
+        with torch.no_grad():
+            y = layer(torch.tensor(x, dtype=torch.float32))
+    except Exception:
+        if not seen:  # else the kernel may just be larger than the image
+            raise
+    finally:
+        if conv is not None:
+            hook.remove()
+    return (seen[0] if seen else y).detach().numpy()
+
+
+def channels_for(layer, rank):
+    """How many channels x may have: any, or what a convolution leaves beside the coordinates."""
+    conv = inner_convolution(layer)
+    if conv is None:
+        return [3]
+    return [conv.in_channels - rank, conv.in_channels - rank - 1]
+
+
+def check_size(layer, size):
+    """The phrases of what differs for images of a size; raises what the layer raises."""
+    error = None
+    for C in channels_for(layer, len(size)):
+        x = np.random.default_rng(0).standard_normal((2, max(C, 1), *size)).astype(np.float32)
+        try:
+            read = read_by(layer, x)
+            break
+        except Exception as refused:  # whatever someone's code raises is an answer
+            error = error or refused
+    else:
+        raise error
+    C = x.shape[1]
+    if read.ndim != x.ndim or len(read) != 2 or read.shape[2:] != size or read.shape[1] <= C:
+        return [f"its shape is {read.shape} for x of {x.shape}"]
+    if same(read[:, -C:], x) and not same(read[:, :C], x):
+        read = np.roll(read, C, axis=1)
+        phrases = ["coordinates before the channels of x"]
+    elif same(read[:, :C], x):
+        phrases = []
+    else:
+        return ["the channels of x are changed"]
+    added = read[:, C:].astype(np.float64)
+    if not same(added[0], added[1]):
+        phrases.append("the images have different coordinates")
+    return phrases + explained(added[0], size)
+
+
+def check_layer(layer):
+    """A pair for each size of the vectors: the size, and the phrases of what differs. None stands
+    for images of a rank that the layer does not take at all."""
+    conv = inner_convolution(layer)
+    results = {}
+    for size in COORD_SIZES:
+        if conv is not None and conv.weight.ndim != len(size) + 2:
+            results[size] = None
+            continue
+        try:
+            with np.errstate(all="ignore"):
+                results[size] = check_size(layer, size)
+        except Exception as error:  # whatever someone's code raises is an answer
+            results[size] = error
+    ranks = {len(size) for size, found in results.items() if isinstance(found, list)}
+    for size, found in results.items():
+        if isinstance(found, Exception):
+            phrase = textwrap.shorten(f"raises {type(found).__name__}: {found}", 90)
+            results[size] = [phrase] if len(size) in ranks else None
+    return results
+
+
+def check(arguments):
+    """The command that runs someone's layer on the vectors' images."""
+    parser = command_parser("check", CHECK_TEXT)
+    parser.add_argument("layer", metavar="MODULE:NAME", help="such as layers.py:AddCoords")
+    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="for it")
+    options = parser.parse_args(arguments)
+    try:
+        results = check_layer(load_layer(options.layer, options.options))
+    except Exception as error:
+        parser.error(f"{options.layer}: {type(error).__name__}: {error}")
+    width = width_of_table()
+    different = 0
+    for size, phrases in results.items():
+        name = "x".join(map(str, size))
+        word = "-" if phrases is None else "differs" if phrases else "same"
+        note = "takes no images of this rank" if phrases is None else "; ".join(phrases)
+        different += word == "differs"
+        head = f"  {word:8}{name:8}"
+        print("\n".join(wrapped(note, width, head, " " * 18)) if note else head)
+    judged = sum(phrases is not None for phrases in results.values())
+    if not judged:
+        parser.error(f"{options.layer} takes no image of any rank as (N, C, *size)")
+    print(f"\n{different} of {judged} images differ; {len(results) - judged} not judged")
+    return 1 if different else 0
 
 
 # THE COMMAND -------------------------------------------------------------------------------------
@@ -2680,7 +2980,7 @@ def pattern(text):
     return text
 
 
-COMMANDS = {"ops": ops, "vectors": vectors}
+COMMANDS = {"ops": ops, "vectors": vectors, "check": check}
 
 
 def options_of(arguments):
@@ -2689,7 +2989,7 @@ def options_of(arguments):
         prog="bench.py",
         description=__doc__,
         allow_abbrev=False,
-        usage="bench.py [options] | ops | vectors FILE",
+        usage="bench.py [options] | ops | vectors FILE | check MODULE:NAME",
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=22),
     )
     add = parser.add_argument
