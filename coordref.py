@@ -834,11 +834,12 @@ def _dw_zeros(dy, x, win, groups):
 
 def _add_product(total, dy, u):
     """total += dy @ u.T, as the transpose of u @ dy.T, which takes .8 of the time. Long columns go
-    in pieces, as _product has it, also since a product adds in turn, which loses digits. And so
-    many filters go at a time that a part is no larger than a few blocks."""
+    in pieces: small enough for the quick way of _product, or else 1024 at a time, since a product
+    adds in turn, which loses digits. A large dw is made some filters at a time, to save memory."""
     rows, columns = u.shape[1:]
     F = dy.shape[1]
-    piece = min(max(10 ** 6 // max(rows * F, 1), 512), 2048)
+    quick = 10 ** 6 // max(rows * F, 1)
+    piece = min(quick, 2048) if quick >= 512 else 1024
     few = max(4 * _BLOCK // max(len(u) * rows, 1), 1)
     for i in range(0, columns, piece):
         for f in range(0, F, few):
@@ -1619,7 +1620,8 @@ def load(path, like):
                 found = {name: file[name] for name in file.files}
             found |= json.loads(str(found.pop("json")))
         except Exception as error:                      # damage shows as an error of any kind
-            raise _Refused(f"{path} is damaged or not from save: {error}") from error
+            kind = type(error).__name__
+            raise _Refused(f"{path} is damaged or not from save ({kind})") from error
     names = []
 
     def leaf(name, a):
@@ -1774,19 +1776,25 @@ def _check_shapes(arrays, shapes):
 def _check_formulas(arrays, shapes, lengths, formulas, given, rank):
     G = given.get("groups", 1)
     for name, axis, n in formulas:
-        whole = (n * G if axis[1] == "/" else n - rank - given["radius"],)
-        if lengths.setdefault(axis[0], whole) != whole:
-            how = "groups" if axis[1] == "/" else "radius"
-            raise _Refused(f"{_shape_message(name, shapes, arrays)}, {how}={given[how]}")
+        if axis[1] == "/":
+            whole, where = n * G, f"G = groups = {G}"
+        else:
+            K = rank + given["radius"]
+            whole, where = n - K, f"K = {K} coordinates"
+        (known,) = lengths.setdefault(axis[0], (whole,))
+        if known != whole:
+            kind = "channels" if axis[0] == "C" else "filters"
+            raise _Refused(_shape_message(
+                name, shapes, arrays, f"{axis[0]} = {known} {kind} and {where}"))
     (C,), (F,) = lengths["C"], lengths.get("F", (G,))
     if C % G or F % G:
         raise _Refused(f"groups={G} must divide the {C} channels and the {F} filters")
 
 
-def _shape_message(name, shapes, arrays):
+def _shape_message(name, shapes, arrays, where="equal names are equal lengths"):
     wanted = ", ".join(shapes[name].removesuffix("?").split())
     got = ", ".join(f"{other}.shape={a.shape}" for other, a in arrays.items())
-    return f"{name} must be ({wanted}), where equal names are equal lengths, got {got}"
+    return f"{name} must be ({wanted}), where {where}, got {got}"
 
 
 def _same(arrays):
