@@ -2059,11 +2059,12 @@ def _need_examples(y):
 
 def _loss_dy(dy):
     """The upstream gradient of a loss, a number or an array without axes, as a float."""
-    with contextlib.suppress(TypeError, OverflowError):     # an array with axes, or 10**400
-        if isinstance(dy, Real) and not isinstance(dy, bool) or _is_array(dy):
+    number = isinstance(dy, Real) and not isinstance(dy, bool)
+    if number or _is_array(dy) and dy.shape == () and dy.dtype.kind in "iuf":
+        with contextlib.suppress(OverflowError):        # of 10**400, say
             return float(dy)
     raise _Refused(f"dy must be a number or an array of shape (), got {_shown(dy)}",
-                   ValueError if isinstance(dy, Real) else TypeError)
+                   ValueError if number else TypeError)
 
 
 def _gradient(op):
