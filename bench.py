@@ -519,6 +519,7 @@ def deconv_painter(*, kernel=3, width=1, rng=None, xp=np):
     rectifier after each but the last. The paper tries kernels of 2, 3, 4 and widths of 1, 2, 3.
     """
     rng = np.random.default_rng(rng)
+    width = int(width)  # a number of 8 bits would overflow
     channels = [2, *(width * c for c in (64, 64, 64, 32, 32)), 1]
     net = []
     for C, F in itertools.pairwise(channels):
@@ -531,7 +532,7 @@ def conv_regressor(split, *, width=1, rng=None, xp=np):
     """From a one-hot image (N, 1, 64, 64) to its coordinate (N, 2). For "uniform" four 3x3
     convolutions of 16 filters, pools between them, and two dense layers; for "quadrant" nine
     convolutions and rectifiers, two norms and a global mean."""
-    c = 16 * width
+    c = 16 * int(width)
     layer = partial(conv_layer, rng=np.random.default_rng(rng), xp=xp)
     relu = Layer(cr.relu)
     if split == "uniform":
@@ -1812,9 +1813,10 @@ def run_jobs(jobs, device):
                 found.append((job, future.exception() or future.result()))
             yield list(running.values()), found
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.terminate()
+        pool.shutdown(wait=not running, cancel_futures=True)
+        if running:  # the call was interrupted
+            for child in multiprocessing.active_children():
+                child.terminate()
 
 
 # FILES -------------------------------------------------------------------------------------------
