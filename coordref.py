@@ -2,16 +2,18 @@
 # Copyright (c) 2026 the coordref authors. The licence text is at the end of this file.
 """CoordConv from first principles, and the answer that needs no training.
 
-A convolution does the same at every pixel, so it cannot tell where a pixel is. Liu et al. (2018)
-found that convolutional networks therefore struggle to learn to turn a coordinate into a pixel.
+A convolution does the same at every pixel, so what it makes of a pixel does not depend on where
+the pixel is. Liu et al. (2018) found that convolutional networks therefore struggle to learn a
+simple task: to turn a coordinate into the pixel that it names, or a pixel into its coordinate.
 Their remedy is CoordConv: two more input channels, which hold each pixel's row and column.
-Piekniewski (2018), the critic here, answered that the task needs no learning: one convolution, one
-rectifier, one sum and one subtraction read the coordinate off an image. This file holds both sides
-as plain array code, for NumPy and, when it is given CuPy arrays, for the GPU.
+Piekniewski (2018), the critic here, answered that with those channels there is nothing to learn:
+the weights can be written down, for one convolution, one rectifier, one sum and one subtraction.
+So both use coordinates; they differ on whether it shows anything that training finds the weights.
+This file holds both sides as plain array code, for NumPy and, given CuPy arrays, for the GPU.
 
-Sections 1 to 5 are the subject, half an hour's reading. Section 6 makes convolution fast. Sections
-7 to 9 add what the paper's networks and their training need, and section 10 holds files and the
-checks of arguments. The first five can be read and explained without the others.
+Sections 1 to 5 are the subject, and can be explained without the others. Section 6 makes
+convolution fast. Sections 7 to 9 add what the paper's networks and their training need, and
+section 10 holds files and the checks of arguments. Python 3.11 and NumPy 2.0 are enough.
 
 Notation:
 N images, C channels in, F filters (channels out), K coordinate channels, G groups; *size, *kernel
@@ -20,39 +22,49 @@ images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel). x i
 output, w weights, b a bias. dx, dw and db are the gradients of the loss with respect to x, w and
 b, and so for any name. Positions are (row, col). xp is the module of the arrays, numpy or cupy.
 
-Some private names occur early: _need... refuses an argument for what follows; _flat(x) is x as
-(N, entries), _pixels(x) is x as (N, C, pixels); and _over(p, x) gives p (C,) or (N, C) so many
-axes of length 1 that it meets the channels of x (N, C, ...).
+Some private names occur before their definition: _need... raises an error unless what follows
+holds; _flat(x) is x as (N, entries), _pixels(x) is x as (N, C, pixels); _over(p, x) gives p, (C,)
+or (N, C), axes of length 1, so that it meets the channels of x (N, C, ...); _channel_sum adds up
+all but the channels; _where(mask, x) is x where the mask is true, else 0.
 
 Conventions:
 "Convolution" is cross-correlation, as in PyTorch: the kernel is not flipped. Coordinate channels
-come after the input's: one per axis, in axis order, then the radius, the distance from coordinate
-0, if it is asked for. On the unit scale an axis runs from -1 to 1, on the pixel scale from 0.
+come after the input's: one per axis, in axis order, then the radius, if it is asked for, which is
+the distance from where all coordinates are 0. On the unit scale an axis runs from -1 to 1, so that
+this is the centre; on the pixel scale it runs from 0, so that this is the first pixel.
 
 Below every differentiable f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
 **options). It takes the upstream gradient dy, which has the shape of f's output, then what f took.
 It returns a tuple of the gradients of x and of each of params; without params, dx alone.
 
-The decorator above a function, such as @_checked(x="N C *size"), states the shapes of its arrays.
-A letter stands for one length throughout a call, * and ... for any number of axes; C/G is C
-divided by the number of groups, C+K is C and the coordinate channels. Options are checked by their
-names, in a table at the end of the file. So a body may rely on its arguments.
-The arrays of a call share one module and one dtype, float32 or float64, and so does the result.
-Functions return new arrays and never write to their arguments. An argument of the wrong kind
-raises TypeError, one of the wrong value or shape ValueError.
+The decorator above a function states the shapes of its arrays, here of x, w and b:
 
-Differences:
-From the paper's code: channels are (row, col, radius), there (col, row, radius); each axis is
-scaled by its own length, there by the other's; squares are of ones, there of 128/255; coordinates
-that go into a network are scaled to [-1, 1], there they are pixels. From PyTorch: padding may
-differ before and after an image, "same" works at any stride, softmax runs over everything but the
-batch, and batch_norm uses the statistics that it is given, or else those of the batch.
+    @_checked(x="N C *size", w="F C/G *kernel", b="F?")
+
+A name stands for the same lengths throughout a call. *size and *kernel are one or more axes, as
+many of one as of the other, and ... is any number. C/G is C divided by the number of groups, C+K
+is C and the coordinate channels, and an array with ? may be None. All other arguments are checked
+by their names, in a table at the end of the file. What is wrong is told like this:
+
+    conv: b must be (F), where equal names are equal lengths, got x.shape=(1, 3, 8, 8), ...
+
+An argument of the wrong kind raises TypeError, one of the wrong value or shape ValueError. Arrays
+with a stated shape share one module and one dtype, float32 or float64, and so does the result.
+Functions return new arrays and never write to their arguments.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
 >>> images = encode(coords, (3, 4))                     # drawn as one-hot images
 >>> forward(decoder_network((3, 4)), images)[0].tolist()        # and read by the critic's network
 [[1.0, 2.0], [0.0, 0.0]]
+
+Differences, for those who know the others:
+From the paper's code: channels are (row, col, radius), there (col, row, radius); each axis is
+scaled by its own length, there by the other's; squares are of ones, there of 128/255; coordinates
+that go into a network to be trained are scaled to [-1, 1], there they are pixels. From PyTorch:
+padding may differ before and after an image, "same" works at any stride, softmax runs over all but
+the batch, and batch_norm uses the statistics that it is given, or else those of the batch; those
+that training keeps are of the biased variance.
 
 References:
 Liu, Lehman, Molino, et al. An intriguing failing of convolutional neural networks and the
@@ -154,7 +166,7 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
 
 
 def _coords(size, radius, scale, dtype, xp):
-    """coord_channels, also for an axis without pixels."""
+    """coord_channels, which add_coords also needs for images without pixels."""
     _need_apart(size, dtype)
     # one array for each axis, of length 1 along the others
     channels = list(xp.meshgrid(*(_axis(n, scale, xp) for n in size), indexing="ij", sparse=True))
@@ -225,7 +237,7 @@ def decode(image):
     xp = array_module(image)
     size = image.shape[2:]
     _need_apart(size, image.dtype)
-    hot = _hot_pixels(_flat(image))                     # (N,), counted line by line
+    hot = _hot_pixels(_flat(image))                     # (N,), the index in the flat image
     return xp.stack(xp.unravel_index(hot, size), axis=1).astype(image.dtype)
 
 
@@ -240,7 +252,7 @@ def encode(coords, size, *, dtype=np.float32):
     at = _positions(coords, size)
     xp = array_module(at)
     y = xp.zeros((len(at), 1, *size), dtype)
-    y[xp.arange(len(at)), 0, *at.T] = 1
+    y[xp.arange(len(at)), 0, *at.T] = 1                 # y[n, 0, row, col] for each n
     return y
 
 
@@ -269,15 +281,17 @@ def encode(coords, size, *, dtype=np.float32):
 #
 #   y = w @ u                               w = [-1 1]      y = [-1*1 + 1*2, -1*2 + 1*4] = [1 2]
 #
-# So the gradients are those of a matrix product. Say that dy = [1 10]:
+# So the gradients are those of a matrix product. A weight w[f, r] adds w[f, r] * u[r, j] to each
+# y[f, j], so that dw[f, r] = sum_j dy[f, j] * u[r, j]; in the same way du[r, j] = sum_f w[f, r] *
+# dy[f, j]. The bias is added to each y[f, j]: db[f] = sum_j dy[f, j]. And u only copies pixels, so
+# the gradient of a pixel is the sum of those of its copies, dx = fold(du). Say that dy = [1 10]:
 #
 #   dw = dy @ u.T                           dw = [1*1 + 10*2, 1*2 + 10*4] = [21 42]
 #   du = w.T @ dy                           du = [-1 -10]  by what tap 0 read
 #                                                [ 1  10]  by what tap 1 read
 #   dx = fold(du)                           dx = [-1, 1 - 10, 10] = [-1 -9 10]
 #
-# fold is the transpose of unfold. It adds each number of du to the pixel that unfold read there:
-# here tap 0 read the pixels 0 and 1, and tap 1 the pixels 1 and 2, so that pixel 1 gets two.
+# Tap 0 read the pixels 0 and 1, and tap 1 the pixels 1 and 2, so pixel 1 gets two numbers.
 #
 # u repeats a pixel for every tap that reads it and may be many times as large as x. So it is never
 # built whole: blocks of output pixels take turns, and each makes the columns of u that it needs.
@@ -285,8 +299,8 @@ def encode(coords, size, *, dtype=np.float32):
 # of G such matrices, with an axis G in front.
 
 # How a kernel moves over an image: five tuples with an entry for each spatial axis. They hold the
-# number of taps, the stride, the dilation, the padding in front of the image (a negative one cuts
-# pixels off) and the number of output pixels.
+# number of taps, the stride, the dilation, the padding in front of the image and the number of
+# output pixels.
 _Window = collections.namedtuple("_Window", "kernel stride dilation before out")
 
 
@@ -295,13 +309,12 @@ def _window(size, kernel, stride, padding, dilation):
     after) pair for each axis."""
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]         # from first to last tap
     if padding == "same":
-        # as many output pixels as strides begin in the image; and as much padding as the last of
-        # them then reads beyond it
-        out = [-(-n // s) for n, s in zip(size, stride)]        # n / s, rounded up
-        read = [(m - 1) * s + k for m, s, k in zip(out, stride, spans)]
-        padding = _halves(max(r - n, 0) for r, n in zip(read, size))
-    padded = [n + before + after for n, (before, after) in zip(size, padding)]
-    out = tuple((n - k) // s + 1 for n, k, s in zip(padded, spans, stride))
+        # size / stride outputs, rounded up, and just so much padding that the last one fits
+        out = [-(-length // s) for length, s in zip(size, stride)]
+        needed = [(outputs - 1) * s + span for outputs, s, span in zip(out, stride, spans)]
+        padding = _halves(max(need - length, 0) for need, length in zip(needed, size))
+    padded = [length + before + after for length, (before, after) in zip(size, padding)]
+    out = tuple((length - span) // s + 1 for length, span, s in zip(padded, spans, stride))
     _need_output(size, kernel, padding, out)
     return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), out)
 
@@ -311,14 +324,16 @@ def _halves(totals):
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
-# The three products. Of what they call, _product(a, b) is a @ b, _matrices(w) is w as a stack of
-# matrices, and _columns(y, block) are the columns of y as a matrix that belong to a block. Section
-# 6 has them, how blocks are cut, and the two shortcuts that are taken where they save time.
+# The three products, block by block. Of what they call, _unfold and _fold make and take the
+# columns of u for a block; _columns and _set_columns read and write those of y; _product(a, b) is
+# a @ b; and _matrices(w) is w as a stack of G matrices, which is why w.T is w.swapaxes(1, 2).
+# Section 6 has them, and two shortcuts: if a kernel is one tap, u is x itself; and at a stride of
+# 1 dx is, with less work, a convolution of dy with the mirrored kernel.
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
     if _is_pointwise(x, w, win):
-        return _pointwise(x, w, groups)                 # a shortcut: x is its own u
+        return _pointwise(x, w, groups)
     y = array_module(x).empty((len(x), len(w), *win.out), x.dtype)
     w = _matrices(w, groups)
     for block in _blocks(x, y, win):
@@ -340,7 +355,7 @@ def _correlate_dw(dy, x, win, groups=1):
 def _correlate_dx(dy, w, win, size, groups=1):
     """dx = fold(w.T @ dy), (N, C, *size)."""
     if _is_mirroring_faster(dy, w, win, size, groups):
-        return _correlate(dy, *_mirrored(w, win, size, groups), groups)         # a shortcut
+        return _correlate(dy, *_mirrored(w, win, size, groups), groups)
     dx = array_module(dy).zeros((len(dy), w.shape[1] * groups, *size), dy.dtype)
     w = _matrices(w, groups)
     for block in _blocks(dx, dy, win):
@@ -391,20 +406,27 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
     return dx, dw, None if b is None else _channel_sum(dy)
 
 
-# A transposed convolution is the step from dy to dx, as a function in its own right. It makes
-# images larger: each pixel of x paints the whole kernel, times its value, stride pixels from the
-# next. That is how the paper's rival of CoordConv draws, from one pixel to 2x2, to 4x4, to 64x64.
+# A transposed convolution is the step from dy to dx. It makes images larger: each pixel of x
+# paints the whole kernel, times its value, at a distance of stride pixels from the next. That is
+# how the rival of CoordConv draws in the paper, from one pixel to 2x2, to 4x4 and, doubling, to
+# 64x64. With a stride of 2:
+#
+#   x = [1 10]     w = [1 2 3]      1 * [1 2 3], and two pixels on 10 * [1 2 3]
+#
+#   y = [1 2 3+10 20 30]
+#
+# It is dx of a convolution from y to x. So in the window of that convolution, x is the output.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
-    """The window of the convolution whose dx conv_transpose is, which goes from y back to x; and
-    the size of y."""
+    """The window of the convolution from y to x, and the size of y."""
     size = x.shape[2:]
     kernel = w.shape[2:]
     painted = [(n - 1) * s + (k - 1) * d + 1 + extra
                for n, s, k, d, extra in zip(size, stride, kernel, dilation, output_padding)]
     if padding == "same":
-        # What is more than size * stride is cut off. Where a kernel is smaller than its stride
-        # something is missing instead: a negative padding adds it, as zeros, after the image.
+        # What is painted beyond size * stride is cut off, half of it on either side. Where the
+        # kernel is smaller than the stride too little is painted: then zeros follow y, which is a
+        # negative padding, as padding cuts off here.
         surplus = [p - n * s for p, n, s in zip(painted, size, stride)]
         padding = [(0, p) if p < 0 else pair for p, pair in zip(surplus, _halves(surplus))]
     out = tuple(p - before - after for p, (before, after) in zip(painted, padding))
@@ -426,11 +448,12 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     w is (C, F/G, *kernel): the channels of x come first.
     stride, padding, dilation, groups : as in conv, but "same" gives an output of size * stride
     output_padding : an integer, or one per axis, below the larger of stride and dilation. It makes
-        y larger at the end: a convolution with a stride gives the same size for several images,
-        and this says which of them y is to have.
+        y larger at the end: a convolution with a stride gives one size of output for images of
+        several sizes, and this says which of these y is to have. With "same" the size is fixed,
+        so that more is cut off in front instead.
 
-    >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[-1., 1.]]])).tolist()
-    [[[-1.0, -9.0, 10.0]]]
+    >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
+    [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
     """
     win, out = _transpose_window(x, w, stride, padding, output_padding, dilation)
     return _add_bias(_correlate_dx(x, w, win, out, groups), b)
@@ -474,8 +497,9 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
                dilation=1):
     """CoordConv: conv(add_coords(x), w, b), without building add_coords(x); y (N, F, *out).
 
-    size : None, or a tuple of integers: x holds single pixels (N, C, 1, ...), and each is first
-        repeated over an image of this size. The paper's painter gets its coordinate that way.
+    size : None, or a tuple of integers, which is not the *size of x then: x holds single pixels
+        (N, C, 1, ...), and each is first repeated over an image of this size. The paper's painter
+        gets its coordinate that way.
     radius, scale : as in coord_channels
     stride, padding, dilation : as in conv
 
@@ -555,8 +579,9 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 
     op : a function with a gradient, of this file or of another module. The gradient must stand in
         the same module, under the same name with "_backward" appended.
-    params : the list of arrays that training changes; None stands for one that is left out
-    options : a dict
+    params : the list of arrays that training changes, each by its gradient; None stands for one
+        that is left out
+    options : a dict of all the rest, arrays without a gradient among them
     """
 
     def __new__(cls, op, params=(), options=()):
@@ -568,7 +593,9 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 
 @_checked()
 def forward(net, x):
-    """Run a network. Returns its output and the list of the layers' inputs, for backward."""
+    """Run a network. Returns its output and the list of the layers' inputs, for backward: x itself
+    is the first of them. Without layers the output is a copy of x."""
+    _need(net or _is_array(x), f"x must be an array, got a {type(x).__name__}", TypeError)
     inputs = []
     for op, params, options in net:
         inputs.append(x)
@@ -581,13 +608,15 @@ def backward(net, dy, inputs):
     """The gradients of forward, for the upstream gradient dy and the inputs that forward returned.
     Returns dx for the network's input, and for each layer a list of the gradients of its params.
     """
-    _need(isinstance(inputs, (list, tuple)) and len(inputs) == len(net), "inputs must be the list "
-          f"that forward returns, an array for each of {len(net)} layers")
+    _need(isinstance(inputs, (list, tuple)), "inputs must be the list that forward returns, got a "
+          f"{type(inputs).__name__}", TypeError)
+    _need(len(inputs) == len(net), f"inputs must have an array for each of {len(net)} layers, got "
+          f"{len(inputs)}")
     grads = []
     for layer, x in zip(reversed(net), reversed(inputs)):
         op_backward = _gradient(layer.op)               # the function op_backward beside op
         found = op_backward(dy, x, *layer.params, **layer.options)
-        dy, dparams = _split(found, layer)
+        dy, dparams = _split(found, layer)              # dx of a layer is dy of the one before
         grads.insert(0, dparams)
     return (dy if net else dy.copy()), grads
 
@@ -620,13 +649,17 @@ def decoder_network(size, *, dtype=np.float32, xp=np):
 
 @_checked()
 def encoder_network(size, *, dtype=np.float32, xp=np):
-    """The network from a coordinate (N, len(size), 1, ...) to its one-hot image (N, 1, *size): two
-    1x1 convolutions, 25 parameters for two axes. As |i - x| = relu(i - x) + relu(x - i):
+    """The network from a coordinate in pixels (N, len(size), 1, ...) to its one-hot image
+    (N, 1, *size): two 1x1 convolutions, 25 parameters for two axes. As |i - p| is
+    relu(i - p) + relu(p - i):
 
-    y[n, 0, i] = relu(1 - sum_a (relu(i_a - x[n, a]) + relu(x[n, a] - i_a)))
+    y[n, 0, i] = relu(1 - sum_a (relu(i_a - p_a) + relu(p_a - i_a)))       with p = x[n]
 
-    For one axis the first convolution has two filters. Their weights for the channels x and i are
-    [[-1 1], [1 -1]], which gives i - x and x - i. The second adds up both, times -1, and adds 1.
+    The first convolution has two filters for each axis. Their weights for the channels p_a and i_a
+    are [-1 1], for i_a - p_a, and [1 -1]. The second adds up all of them, times -1, and adds 1.
+
+    >>> forward(encoder_network((2, 3)), np.array([[[[1.]], [[2.]]]], np.float32))[0].tolist()
+    [[[[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]]]
     """
     K = len(size)
     one = np.eye(K)                                     # each axis has weights for itself alone
@@ -641,8 +674,9 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
 
 @_checked()
 def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
-    """The network from a coordinate (N, len(size), 1, ...) to the square around it, cut off at the
-    edge, (N, 1, *size): encoder_network, then a convolution with ones. The side, square, is odd.
+    """The network from a coordinate in pixels (N, len(size), 1, ...) to the square around it, cut
+    off at the edge, (N, 1, *size): encoder_network, then a convolution with ones. The side of the
+    square is odd.
     """
     net = encoder_network(size, dtype=dtype, xp=xp)
     ones = xp.ones((1, 1, *(square,) * len(size)), dtype)
@@ -654,17 +688,21 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
 
 # 6 HOW CONVOLUTION IS MADE FAST ------------------------------------------------------------------
 #
-# Nothing in this section changes a result. The products of section 3 get as much at a time as a
-# cache holds (blocks); unfold copies from a view of x instead of pixel by pixel (regions, taps);
-# and a few shortcuts are kept, each for a measured gain. Figures are of one core of an EPYC with
-# AVX-512, float32, NumPy 2.4 with OpenBLAS 0.3.31, 2026-11-27.
+# Nothing in this section changes more than rounding. The products of section 3 get as much at a
+# time as a cache holds (blocks); unfold copies from a view of x instead of pixel by pixel
+# (regions, taps); and a few shortcuts are kept, each for a measured gain. Figures are of one core
+# of an EPYC with AVX-512, float32, NumPy 2.4 with OpenBLAS 0.3.31, 2026-11-27.
 
 _BLOCK = 2 ** 19                # numbers in a block of u; 2^18 and 2^20 take 4 % longer
 
 
 def _blocks(x, y, win):
     """Cut the output y into blocks, each a tuple of slices: of the images, then of each axis of
-    pixels. For a block, u holds at most about _BLOCK numbers, and so do y and the region of x."""
+    pixels. For a block, u holds at most about _BLOCK numbers, and so do y and the region of x.
+
+    With 64 channels and 3x3 taps u has 576 rows, so that a block has room for 910 columns: for an
+    image of 56x56 pixels, 16 lines of one image.
+    """
     C = x.shape[1]
     F = y.shape[1]
     taps = math.prod(win.kernel)
@@ -903,7 +941,8 @@ def _mirrored(w, win, size, groups):
 
 def _where(mask, x):
     """x where the mask is true, else 0, in a tenth of the time of where(mask, x, 0)."""
-    bits = -mask.view("i1")                             # -1, which has every bit set, or 0
+    # -1, which has every bit set, or 0; as wide as x, once it meets x
+    bits = -mask.view("i1")
     return (x.view(f"i{x.itemsize}") & bits).view(x.dtype)
 
 
@@ -991,10 +1030,11 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     win = _pool_window(x, kernel, stride, padding)
     u = _pooled(x, win, -math.inf)
     _need_shape(dy, (len(x), *u.shape[2:]))
+    # -inf beyond the image may equal the largest pixel, but must not get its gradient
     inside = _pooled(xp.ones((1, 1, *x.shape[2:]), bool), win, False)
     largest = inside & ((u == u.max(axis=1, keepdims=True)) | xp.isnan(u))
     taps = xp.arange(u.shape[1]).reshape(-1, *(1,) * (u.ndim - 2))
-    first = largest.argmax(axis=1)[:, None] == taps
+    first = largest.argmax(axis=1)[:, None] == taps    # argmax of booleans finds the first true
     return _unpooled(xp.where(first, dy[:, None], dy.dtype.type(0)), x, win)
 
 
@@ -1060,7 +1100,7 @@ def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
 
 
 def _softmax(z):
-    """For z (N, classes): the softmax p, 1 - p, and log p."""
+    """For z (N, classes): the softmax p; q = 1 - p, accurate where p is almost 1; and log p."""
     xp = array_module(z)
     n = xp.arange(len(z))
     largest = z.argmax(axis=1)
@@ -1174,7 +1214,8 @@ def mean_squared_error_backward(dy, y, target):
 #
 # A model is a list of layers for forward; width multiplies its hidden filters. rng is a
 # numpy.random.Generator, a seed or None. Weights are drawn on the host, so that a CPU and a GPU
-# start from the same bits. The paper's networks without coordinates are the rivals of bench.py.
+# start from the same bits. The paper's networks without coordinates are in bench.py, which stands
+# beside this file in its repository.
 
 @_checked()
 def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
@@ -1207,13 +1248,13 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
     The coordinate repeated over the grid, coordinate channels, and five 1x1 convolutions with 32,
     32, 64, 64 and 1 filters and rectifiers between them: 7,553 parameters.
 
-    start : "he", the paper's, or "relative", a finding of this project: the first layer's weights
+    start : "he", the paper's, or "relative", which is coordref's own: the first layer's weights
         for the coordinate that comes in are from U(-1, 1), those for the coordinate channels are
-        their negatives, and its biases are from U(-0.5, 0.5), so that it starts from the
-        differences (row - r, col - c) alone. That is a prior on the start and not the paper's
+        their negatives, and its biases are from U(-0.5, 0.5). So it starts from the differences
+        between that coordinate and each pixel's, which is a prior on the start and not the paper's
         set-up: the untrained network is translation-equivariant, and has yet to learn the peak
-        (its accuracy is 0). The last layer, which no rectifier follows, has the variance
-        1 / fan_in.
+        (its accuracy is 0). With this start the weights of the last layer, which no rectifier
+        follows, have the variance 1 / fan_in.
     """
     K = len(size)
     one = (1,) * K
@@ -1287,8 +1328,9 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     task : "classification": from a coordinate (M, 2, 1, 1) to the image of its pixel
         (M, 1, canvas, canvas); "rendering": to the square around it; "regression": from the image
         of a pixel to its coordinate (M, 2), divided by canvas
-    scale : of the coordinates that go in, "unit", from -1 to 1, or "pixel", as in the paper's
-        code; with "pixel" those of a regression are not divided either
+    scale : "unit" as described, where coordinates that go in run from -1 to 1 and those that come
+        out are divided by canvas; or "pixel", where both are in pixels, as in the paper's code
+        those that go in are
 
     >>> train, test = not_so_clevr("quadrant")
     >>> train.x.shape, test.target.shape
@@ -1332,7 +1374,7 @@ def adam_step(w, dw, m, v, step, *, learning_rate=0.005, beta1=0.9, beta2=0.99, 
     v' = beta2 * v + (1 - beta2) * dw^2
     w' = w - learning_rate * (m' / (1 - beta1^step)) / (sqrt(v' / (1 - beta2^step)) + eps)
 
-    step counts from 1, where the moments m and v are zeros. beta2 is 0.99 as in the paper,
+    step counts from 1, where the moments m and v are zeros. beta2 is 0.99 as in Liu et al.,
     elsewhere 0.999.
     """
     _need(not callable(learning_rate), "learning_rate must be a number here, got a function",
@@ -1377,8 +1419,8 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
 
     x, target : arrays with an entry for each example along their first axis
     loss : a function of the network's output and the target: softmax_cross_entropy,
-        sigmoid_cross_entropy, mean_squared_error, or one of yours with its gradient beside it,
-        which must be a mean over the examples
+        sigmoid_cross_entropy, mean_squared_error, or a mean over the examples of your own, with
+        its gradient beside it
     l2 : l2 * sum(w^2) is added to the loss, over all weights with more than one axis
     learning_rate : a number, or a function of the number of steps done, such as
         lambda step: 0.01 * (1 - step / 60)
@@ -1635,7 +1677,7 @@ def save(path, value):
 def load(path, like):
     """Read what save wrote: a copy of like, such as a network of the same layers, with the arrays,
     numbers and strings of the file. ValueError if the file is damaged, or its names, shapes or
-    dtypes are not those of like."""
+    dtypes are not those of like; OSError if it cannot be read."""
     path = os.fsdecode(path)
     with open(path, "rb") as stream:
         try:
@@ -1749,7 +1791,7 @@ def _arguments(f, shapes, args, options):
     given = defaults | dict(zip(positional, args)) | options
     twice = options.keys() & set(positional[:len(args)])
     if given.keys() != names or twice or len(args) > len(positional):
-        f(*args, **options)                             # raises Python's own TypeError
+        f(*args, **options)                             # always fails, with Python's TypeError
     arrays = {name: given[name] for name, shape in shapes.items()
               if given[name] is not None or not shape.endswith("?")}
     if arrays:
@@ -1792,6 +1834,7 @@ def _check_shapes(arrays, shapes):
             if axis[1:2] in ("/", "+"):
                 formulas.append((name, axis, part[0]))
             else:
+                # the first array with this name says what it stands for, the others must agree
                 fits = fits and lengths.setdefault(axis, part) == part
         if not fits:
             raise _Refused(_shape_message(name, shapes, arrays))
