@@ -44,7 +44,9 @@ The decorator above a function states the shapes of its arrays, here of x, w and
 A name stands for the same lengths throughout a call. *size and *kernel are one or more axes, as
 many of one as of the other, and ... is any number. C/G is C divided by the number of groups, C+K
 is C and the coordinate channels, and an array with ? may be None. All other arguments are checked
-by their names, in a table at the end of the file. What is wrong is told like this:
+by their names, in a table near the end of the file, and brought to one form: for images of two
+axes a stride of 2 becomes (2, 2), and a padding of 1 becomes ((1, 1), (1, 1)). What is wrong is
+told like this:
 
     conv: b must be (F), where equal names are equal lengths, got x.shape=(1, 3, 8, 8), ...
 
@@ -295,8 +297,8 @@ def encode(coords, size, *, dtype=np.float32):
 #
 # u repeats a pixel for every tap that reads it and may be many times as large as x. So it is never
 # built whole: blocks of output pixels take turns, and each makes the columns of u that it needs.
-# With G groups, the filters of a group see that group's channels alone. Then w, u and y are stacks
-# of G such matrices, with an axis G in front.
+# All this is written for one group. With G groups, the filters of a group see the channels of that
+# group alone, and w, u and y are stacks of G such matrices, with an axis G in front.
 
 # How a kernel moves over an image: five tuples with an entry for each spatial axis. They hold the
 # number of taps, the stride, the dilation, the padding in front of the image and the number of
@@ -309,7 +311,8 @@ def _window(size, kernel, stride, padding, dilation):
     after) pair for each axis."""
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]         # from first to last tap
     if padding == "same":
-        # size / stride outputs, rounded up, and just so much padding that the last one fits
+        # size / stride outputs, rounded up, and just so much padding that the last one fits: for 6
+        # pixels, a stride of 2 and a span of 3 that is 3 outputs, which need 7 pixels
         out = [-(-length // s) for length, s in zip(size, stride)]
         needed = [(outputs - 1) * s + span for outputs, s, span in zip(out, stride, spans)]
         padding = _halves(max(need - length, 0) for need, length in zip(needed, size))
@@ -335,9 +338,9 @@ def _correlate(x, w, win, groups=1):
     if _is_pointwise(x, w, win):
         return _pointwise(x, w, groups)
     y = array_module(x).empty((len(x), len(w), *win.out), x.dtype)
-    w = _matrices(w, groups)
+    w = _matrices(w, groups)                            # (G, F/G, rows of u)
     for block in _blocks(x, y, win):
-        u = _unfold(x, block, win, groups)
+        u = _unfold(x, block, win, groups)              # (G, rows, columns of the block)
         _set_columns(y, block, _product(w, u))
     return y
 
@@ -449,8 +452,8 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     stride, padding, dilation, groups : as in conv, but "same" gives an output of size * stride
     output_padding : an integer, or one per axis, below the larger of stride and dilation. It makes
         y larger at the end: a convolution with a stride gives one size of output for images of
-        several sizes, and this says which of these y is to have. With "same" the size is fixed,
-        so that more is cut off in front instead.
+        several sizes (with 3 taps at a stride of 2, 5 and 6 pixels give 2), and this says which of
+        these y is to have. With "same" the size is fixed, so that more is cut off in front.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -462,7 +465,7 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
 @_checked(dy="N F *out", x="N C *size", w="C F/G *kernel", b="F?")
 def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1,
                             groups=1):
-    """dx, dw and db of conv_transpose: as for conv, with x and dy exchanged."""
+    """dx, dw and db of conv_transpose: dx and dw as for conv, with x and dy exchanged."""
     win, out = _transpose_window(x, w, stride, padding, output_padding, dilation)
     _need_shape(dy, (len(x), w.shape[1] * groups, *out))
     dx = _correlate(dy, w, win, groups)
@@ -526,7 +529,7 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
     _need_shape(dy, (len(x), len(w), *win.out))
     dx = _correlate_dx(dy, w[:, :C], win, image.shape[2:])
     if size is not None:                                # a pixel was read wherever it was repeated
-        dx = sum_pool(dx).reshape(x.shape)
+        dx = _pixels(dx).sum(axis=2).reshape(x.shape)
     total = _image_sum(dy)[None]                        # (1, F, *out)
     dw = array_module(x).concatenate(
         [_correlate_dw(dy, image, win), _correlate_dw(total, coords, win)], axis=1)
@@ -624,7 +627,8 @@ def backward(net, dy, inputs):
 def _weights(matrix, rank, dtype, xp):
     """The weights (F, C, 1, ...) of a 1x1 convolution over rank axes, from a matrix (F, C)."""
     w = np.array(matrix, dtype)
-    return xp.asarray(w.reshape(*w.shape, *(1,) * rank))
+    ones = (1,) * rank
+    return xp.asarray(w.reshape(*w.shape, *ones))
 
 
 @_checked()
@@ -656,7 +660,8 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
     y[n, 0, i] = relu(1 - sum_a (relu(i_a - p_a) + relu(p_a - i_a)))       with p = x[n]
 
     The first convolution has two filters for each axis. Their weights for the channels p_a and i_a
-    are [-1 1], for i_a - p_a, and [1 -1]. The second adds up all of them, times -1, and adds 1.
+    are [-1 1], for i_a - p_a, and [1 -1]; their biases are 0, for training to change. The second
+    adds up all of them, times -1, and adds 1.
 
     >>> forward(encoder_network((2, 3)), np.array([[[[1.]], [[2.]]]], np.float32))[0].tolist()
     [[[[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]]]
@@ -679,7 +684,8 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
     square is odd.
     """
     net = encoder_network(size, dtype=dtype, xp=xp)
-    ones = xp.ones((1, 1, *(square,) * len(size)), dtype)
+    kernel = (square,) * len(size)
+    ones = xp.ones((1, 1, *kernel), dtype)
     return [*net, Layer(conv, [ones], {"padding": square // 2})]
 
 
@@ -930,13 +936,13 @@ def _mirrored(w, win, size, groups):
     With kernel-1-k for k this is a convolution: of dy, with the kernel mirrored, with C and F
     exchanged, and with (kernel-1) * dilation - before zeros in front.
     """
-    F, c = w.shape[:2]                                  # c = C/G
+    F, channels = w.shape[:2]                           # channels of a group
     mirrored = array_module(w).flip(w, tuple(range(2, w.ndim)))
-    mirrored = mirrored.reshape(groups, F // groups, c, *win.kernel).swapaxes(1, 2)
+    mirrored = mirrored.reshape(groups, F // groups, channels, *win.kernel).swapaxes(1, 2)
     mirrored = array_module(w).ascontiguousarray(mirrored)
     before = tuple((k - 1) * d - p for k, d, p in zip(win.kernel, win.dilation, win.before))
     window = win._replace(before=before, out=tuple(size))
-    return mirrored.reshape(c * groups, F // groups, *win.kernel), window
+    return mirrored.reshape(channels * groups, F // groups, *win.kernel), window
 
 
 def _where(mask, x):
@@ -979,7 +985,7 @@ def _pool_window(x, kernel, stride, padding):
     size = x.shape[2:]
     _need(math.prod(size), f"x must have pixels, got x.shape={x.shape}")
     if kernel is None:
-        _need(stride is None and padding in ("same", ((0, 0),) * len(size)),
+        _need(stride is None and padding == ((0, 0),) * len(size),
               "stride and padding must be left out without a kernel")
         return None
     win = _window(size, kernel, stride or kernel, padding, (1,) * len(size))
@@ -1135,9 +1141,9 @@ def softmax_backward(dy, x):
 # too. A loss has two arguments that it may be differentiated by, the network's output and the
 # target, and its gradient returns both, by the rule of all gradients here.
 
-def _times(p, a):
-    """p * a, or 0 where p is 0, whatever a is there: 0 * log 0 counts as 0."""
-    return p * array_module(a).where(p != 0, a, a.dtype.type(0))
+def _times(factor, a):
+    """factor * a, or 0 where the factor is 0, whatever a is there: 0 * log 0 counts as 0."""
+    return factor * array_module(a).where(factor != 0, a, a.dtype.type(0))
 
 
 @_checked(logits="N C ...", target="N C ...")
@@ -1212,8 +1218,8 @@ def mean_squared_error_backward(dy, y, target):
 
 # 8 THE PAPER'S COORDCONV NETWORKS ----------------------------------------------------------------
 #
-# A model is a list of layers for forward; width multiplies its hidden filters. rng is a
-# numpy.random.Generator, a seed or None. Weights are drawn on the host, so that a CPU and a GPU
+# A model is a list of layers for forward; width, where it has one, multiplies hidden filters. rng
+# is a numpy.random.Generator, a seed or None. Weights are drawn on the host, so that a CPU and a GPU
 # start from the same bits. The paper's networks without coordinates are in bench.py, which stands
 # beside this file in its repository.
 
@@ -1313,7 +1319,7 @@ def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
 
 class Examples(collections.namedtuple("Examples", "x target coords")):
     """M examples: what a network gets, x, what it should give, target, and the integer positions
-    that both were made from, coords (M, 2)."""
+    that both were made from, coords (M, 2), which are always a NumPy array."""
 
 
 @_checked()
@@ -1356,7 +1362,7 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
             x = image
             target = coords / (canvas if scale == "unit" else 1)
         else:
-            on_unit = (2 * coords - (canvas - 1)) / max(canvas - 1, 1)
+            on_unit = (2 * coords - (canvas - 1)) / (canvas - 1)
             at = coords if scale == "pixel" else on_unit
             x = at[:, :, None, None]
             target = image
@@ -1641,7 +1647,8 @@ def _map_leaves(f, value, name=""):
 def save(path, value):
     """Write a network or a State (any nest of lists, tuples and dicts of arrays, numbers and
     strings) to an npz file, whole or not at all: if a save is interrupted, the old file stays.
-    A process that is killed may leave a hidden file .*.part beside it, which may be deleted."""
+    Functions, such as the ops of a network, are left out. A process that is killed may leave a
+    hidden file .*.part beside it, which may be deleted."""
     arrays = {}
     others = {}
 
