@@ -1219,9 +1219,9 @@ def mean_squared_error_backward(dy, y, target):
 # 8 THE PAPER'S COORDCONV NETWORKS ----------------------------------------------------------------
 #
 # A model is a list of layers for forward; width, where it has one, multiplies hidden filters. rng
-# is a numpy.random.Generator, a seed or None. Weights are drawn on the host, so that a CPU and a GPU
-# start from the same bits. The paper's networks without coordinates are in bench.py, which stands
-# beside this file in its repository.
+# is a numpy.random.Generator, a seed or None. Weights are drawn on the host, so that a CPU and a
+# GPU start from the same bits. The paper's networks without coordinates are in bench.py, which
+# stands beside this file in its repository.
 
 @_checked()
 def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
