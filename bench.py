@@ -1673,7 +1673,11 @@ SUMMARY = [
         "coord-he coord-conv-uniform coord-conv-quadrant",
     ),
     Sentence("The paper", "it is 150 times faster, and far smaller", "factor parameters"),
-    Sentence("The article", "ImageNet could gain nothing", "resnet texture place shifts no-bias"),
+    Sentence(
+        "The article",
+        "coordinates gain nothing where a class is no place",
+        "resnet texture place shifts no-bias",
+    ),
     Sentence(
         "coordref",
         "its own starts learn each task for every seed",
@@ -2459,7 +2463,7 @@ SAME = {"padding": "same"}
 PIXELS = {"scale": "pixel"}
 STRIDE_2 = {"stride": 2}
 
-# The images whose coordinates are in the vectors, and on which `check` tries a layer.
+# The images whose coordinates are in the vectors.
 COORD_SIZES = ((5, 5), (3, 4), (7, 2), (1, 6), (5,), (2, 3, 4))
 
 COORD_CASES = [
@@ -2677,7 +2681,7 @@ def vectors(arguments):
 # CHECK: what another implementation of the coordinates does differently --------------------------
 
 CHECK_TEXT = """\
-Run a layer that adds coordinates, or a CoordConv layer, on the images of the vectors, and say
+Run a layer that adds coordinates, or a CoordConv layer, on images of several sizes, and say
 image by image what its coordinates are where they are not those of coordref.
 
 MODULE is a file, or a module that Python finds from this folder. NAME is a function of a NumPy
@@ -2685,11 +2689,14 @@ array (N, C, *size), or a class of PyTorch, which is made with --options. Of a c
 a convolution, what this convolution gets is looked at. Channels come first."""
 
 
+# No two of these scales agree on all axes of such images, as they do where one length is another
+# less one, or is 2.
+CHECKED_SIZES = ((5, 5), (4, 7), (7, 3), (1, 6), (6,), (3, 4, 6))
+
+
 def scalings(i, n, m):
-    """The pixels i of n on the scales that others use, where the other axis has m. On an axis of
-    length 1 NumPy and PyTorch give NaN for 0 / 0."""
+    """The pixels i of n on the scales that others use, where the other axis has m."""
     return {
-        "NaN on an axis of length 1": 2 * i / (n - 1) - 1,  # where it is not just right
         "divided by the other's length": 2 * i / (m - 1) - 1,
         "from 0 to 1": i / (n - 1),
         "from -1/2 to 1/2": i / (n - 1) - 0.5,
@@ -2704,18 +2711,30 @@ def same(a, b):
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def of_short_axis(channel, size):
+    """The axis of length 1 that a constant channel stands for, and what it has instead of 0; None
+    if there is no such axis."""
+    value = channel.flat[0]
+    if 1 not in size or not same(channel, np.full(size, value)):
+        return None
+    told = "NaN" if np.isnan(value) else f"{value:.3g}, not 0,"
+    return size.index(1), f"{told} on an axis of length 1"
+
+
 def explained_axis(channel, size):
     """The axis that a channel is the coordinate of, and how it is scaled; None if not known."""
     right = coords_by_definition(size)
     for axis, want in enumerate(right):
         if same(channel, want):
             return axis, ""
+    if of_short_axis(channel, size):
+        return of_short_axis(channel, size)
     for axis, n in enumerate(size):
         i = np.indices(size)[axis].astype(np.float64)
         with np.errstate(all="ignore"):
             known = scalings(i, np.float64(n), np.float64(size[axis - 1]))
         for name, scaled in known.items():
-            if same(channel, scaled):
+            if n > 1 and same(channel, scaled):
                 return axis, name
     for axis, want in enumerate(right):
         shift = channel.flat[0] - want.flat[0]
@@ -2745,13 +2764,14 @@ def explained(added, size):
     if len(added) not in (rank, rank + 1):
         return [f"{len(added)} channels are added, not {rank} or, with radius, {rank + 1}"]
     found = [explained_axis(channel, size) for channel in added[:rank]]
+    axes = [known[0] if known else None for known in found]
+    for a, axis in enumerate(axes):
+        if axes.count(axis) > 1 and axis != a:  # another channel is the coordinate of that axis
+            found[a] = None
     phrases = []
     order = [axis for axis, _ in filter(None, found)]
     if None not in found and order != list(range(rank)):
-        if sorted(order) == list(range(rank)):
-            phrases.append(f"channels swapped: ({', '.join(names[a] for a in order)})")
-        else:
-            phrases.append(f"channels of the axes {order}")
+        phrases.append(f"channels swapped: ({', '.join(names[a] for a in order)})")
     for name, channel, known in zip(names, added, found):
         if known is None:
             phrases.append(f"{name} {'not known' if np.isfinite(channel).all() else 'NaN'}")
@@ -2770,6 +2790,7 @@ def load_layer(text, options):
     if not module or not name:
         raise ValueError(f"{text} is not MODULE:NAME, such as layers.py:AddCoords")
     if module.endswith(".py"):
+        sys.path.insert(0, os.path.dirname(os.path.abspath(module)))  # for what it imports
         spec = importlib.util.spec_from_file_location("checked_layer", module)
         found = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found)
@@ -2782,7 +2803,7 @@ def load_layer(text, options):
 
 
 def inner_convolution(layer):
-    """The convolution that a PyTorch layer ends in, None if it has none."""
+    """The convolution that a PyTorch layer ends in, perhaps the layer itself, or None."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(layer, torch.nn.Module):
         return None
@@ -2792,6 +2813,10 @@ def inner_convolution(layer):
     return found[-1] if found else None
 
 
+class Noted(Exception):
+    """Ends a layer once its convolution was called."""
+
+
 def read_by(layer, x):
     """What a layer makes of x before its convolution, if it has one, as a NumPy array."""
     torch = sys.modules.get("torch")
@@ -2799,25 +2824,29 @@ def read_by(layer, x):
         return np.asarray(layer(x))
     seen = []
     conv = inner_convolution(layer)
+
+    def note(given, *others):
+        """In place of the convolution itself, whose kernel may be larger than the image."""
+        seen.append(given)
+        raise Noted
+
     if conv is not None:
-        hook = conv.register_forward_pre_hook(lambda part, given: seen.append(given[0]))
-    y = None
+        conv._conv_forward = note  # what the forward of PyTorch's convolutions calls
     try:
         with torch.no_grad():
-            y = layer(torch.tensor(x, dtype=torch.float32))
-    except Exception:
-        if not seen:  # else the kernel may just be larger than the image
-            raise
+            seen.append(layer(torch.tensor(x, dtype=torch.float32)))
+    except Noted:
+        pass
     finally:
         if conv is not None:
-            hook.remove()
-    return (seen[0] if seen else y).detach().numpy()
+            del conv._conv_forward
+    return seen[0].detach().numpy()
 
 
 def channels_for(layer, rank):
     """How many channels x may have: any, or what a convolution leaves beside the coordinates."""
     conv = inner_convolution(layer)
-    if conv is None:
+    if conv is None or conv.in_channels == 0:  # as those of PyTorch that wait for the first input
         return [3]
     return [conv.in_channels - rank, conv.in_channels - rank - 1]
 
@@ -2851,12 +2880,12 @@ def check_size(layer, size):
 
 
 def check_layer(layer):
-    """A pair for each size of the vectors: the size, and the phrases of what differs. None stands
-    for images of a rank that the layer does not take at all."""
+    """The phrases of what differs by the size of an image. None stands for images of a rank that
+    the layer does not take at all."""
     conv = inner_convolution(layer)
     results = {}
-    for size in COORD_SIZES:
-        if conv is not None and conv.weight.ndim != len(size) + 2:
+    for size in CHECKED_SIZES:
+        if conv is not None and len(conv.kernel_size) != len(size):
             results[size] = None
             continue
         try:
@@ -2891,10 +2920,13 @@ def check(arguments):
         different += word == "differs"
         head = f"  {word:8}{name:8}"
         print("\n".join(wrapped(note, width, head, " " * 18)) if note else head)
-    judged = sum(phrases is not None for phrases in results.values())
+    judged = [phrases for phrases in results.values() if phrases is not None]
     if not judged:
         parser.error(f"{options.layer} takes no image of any rank as (N, C, *size)")
-    print(f"\n{different} of {judged} images differ; {len(results) - judged} not judged")
+    in_all = [phrase for phrase in judged[0] if all(phrase in phrases for phrases in judged)]
+    print(f"\n{different} of {len(judged)} images differ; {len(results) - len(judged)} not judged")
+    if in_all:
+        print("\n".join(wrapped(f"in all of them: {'; '.join(in_all)}", width)))
     return 1 if different else 0
 
 
