@@ -82,7 +82,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import inspect
 import itertools
 import json
@@ -274,12 +273,12 @@ def encode(coords, size, *, dtype=np.float32):
 # before is the number of zeros in front of the axis: outside the image x counts as 0.
 #
 # This sum is a matrix product. Let the matrix u hold all that is read: a row for each channel and
-# tap, (c, k), and a column for each image and output pixel, (n, o). To fill it is to unfold x:
+# tap, (c, k), and a column for each output pixel and image, (o, n). To fill it is to unfold x:
 #
-#   u[(c, k), (n, o)] = x[n, c, i]          x = [1 2 4]     u = [1 2]  what tap 0 reads
+#   u[(c, k), (o, n)] = x[n, c, i]          x = [1 2 4]     u = [1 2]  what tap 0 reads
 #                                                               [2 4]  what tap 1 reads
 #
-# With w as a matrix of F rows and (c, k) columns, y is a matrix of F rows and (n, o) columns:
+# With w as a matrix of F rows and (c, k) columns, y is a matrix of F rows and (o, n) columns:
 #
 #   y = w @ u                               w = [-1 1]      y = [-1*1 + 1*2, -1*2 + 1*4] = [1 2]
 #
@@ -352,7 +351,7 @@ def _correlate_dw(dy, x, win, groups=1):
     total = _matrices(dw, groups)                       # a view of dw
     for block in _blocks(x, dy, win):
         u = _unfold(x, block, win, groups)
-        _add_product(total, _columns(dy, block, groups), u.swapaxes(1, 2))
+        _add_product(total, _columns(dy, block, groups), u.swapaxes(1, 2))      # += dy @ u.T
     return dw
 
 
@@ -695,119 +694,42 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
 
 # 6 HOW CONVOLUTION IS MADE FAST ------------------------------------------------------------------
 #
-# Nothing in this section changes more than rounding. The products of section 3 get as much at a
-# time as a cache holds, unfold and fold move whole slices instead of single pixels, and a few
-# shortcuts are kept, each for a measured gain.
+# Nothing in this section changes more than rounding. The products of section 3 get as many columns
+# at a time as a cache holds, a block; unfold and fold move slices, not single pixels; and there
+# are two shortcuts. In this order.
 
 _BLOCK = 2 ** 20                # numbers in a block of u
 
 
 def _blocks(x, y, win):
     """Cut the output y into blocks, each a tuple of slices: of the images, then of each axis of
-    pixels. For a block, u holds at most about _BLOCK numbers, and so does y.
+    pixels. u and y have at most _BLOCK numbers in a block, unless a single column has more.
 
-    With 64 channels and 3x3 taps u has 576 rows, so that a block has room for 910 columns: for an
-    image of 56x56 pixels, 16 lines of one image.
+    With 64 channels and 3x3 taps u has 576 rows, so that a block has room for 1820 columns: for
+    images of 56x56 pixels, 32 lines of one image; for images of 7x7, 20 images.
     """
     rows = max(x.shape[1] * math.prod(win.kernel), y.shape[1], 1)
-    on_host = array_module(x) is np
+    on_cpu = array_module(x) is np
     # a GPU gets larger blocks, as each call costs it more; by how much is a guess, not measured
-    room = max((_BLOCK if on_host else 128 * _BLOCK) // rows, 1)    # the columns of u in a block
+    room = max((_BLOCK if on_cpu else 128 * _BLOCK) // rows, 1)     # for columns
     steps = []                                          # a block's length along each axis
     for n in reversed(win.out):                         # whole lines first, then several of them
-        steps.insert(0, max(min(n, room), 1))
-        room = max(room // steps[0], 1)
-    # On a CPU small images share a block of up to 1024 columns. Larger ones come one at a time,
-    # so that their columns are views of y.
-    if on_host:
+        steps.insert(0, min(n, room))
+        room //= steps[0]
+    if on_cpu:
+        # large images one at a time, so that their columns are views of y; small ones together
         pixels = math.prod(steps)
-        room = max(min(room, 1024 // pixels if pixels <= 128 else 1), 1)
+        room = min(room, 1024 // pixels) if pixels <= 128 else 1
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
             for n, step in zip((len(x), *win.out), (room, *steps))]
     return itertools.product(*cuts)
 
 
-# What a tap reads is every stride-th pixel of the image; what an output reads is every dilation-th.
-# Either can be moved as one slice per axis, and of an axis we take one by one what is fewer, taps
-# or outputs. For three pixels, three taps, and a zero before and after the image:
-#
-#   x = [1 2 4]     tap 0 reads [0 1 2]     outputs 1 and 2 read pixels 0 and 1
-#                   tap 1 reads [1 2 4]     outputs 0 to 2 read pixels 0 to 2
-#                   tap 2 reads [2 4 0]     outputs 0 and 1 read pixels 1 and 2
-
-def _inside(first, step, count, n):
-    """Of the positions first, first + step, ..., count of them, those from 0 to n - 1: a slice of
-    these count, and a slice of the n."""
-    low = max(-(first // step), 0)
-    high = max(min((n - 1 - first) // step + 1, count), low)
-    return slice(low, high), slice(first + low * step, first + high * step, step)
-
-
-def _reads_along(o, taps, stride, dilation, before, n):
-    """What the outputs o, a slice, read of an axis of n pixels. Yields slices of the taps, of
-    these outputs, counted from the first, and of the pixels; the first or the second has length 1.
-    """
-    first = o.start * stride - before                   # what tap 0 reads for the first output
-    outputs = o.stop - o.start
-    if taps <= outputs:
-        for k in range(taps):
-            at, pixels = _inside(first + k * dilation, stride, outputs, n)
-            yield slice(k, k + 1), at, pixels
-    else:
-        for j in range(outputs):
-            by, pixels = _inside(first + j * stride, dilation, taps, n)
-            yield by, slice(j, j + 1), pixels
-
-
-# The next two serve convolutions and pools. An array by tap and output, (A, *kernel, *out, B),
-# holds what is read of x, (A, *size, B). In a convolution A are the channels and B the images; in
-# a pool A are both.
-
-def _reads(u, x, block, win):
-    """Yields pairs of views of equal shape: of u (A, *kernel, *out, B), and of the pixels of x
-    (A, *size, B) that this part of u is for. block has a slice of outputs for each axis."""
-    rank = len(block)
-    axes = [_reads_along(*along) for along in zip(block, *win[:4], x.shape[1:-1])]
-    order = (0, *(axis + 1 for a in range(rank) for axis in (a, rank + a)), 2 * rank + 1)
-    for reads in itertools.product(*axes):
-        taps, outputs, pixels = zip(*reads)
-        place = x[:, *pixels]
-        # A k1 k2 o1 o2 B becomes A k1 o1 k2 o2 B, and of each k and o one has length 1
-        yield u[:, *taps, *outputs].transpose(order).reshape(place.shape), place
-
-
-def _unfold(x, block, win, groups):
-    """The columns of u for a block, (G, rows, columns)."""
-    if _is_in_place(win, x.shape[2:]):
-        return _columns(x, block, groups)
-    xp = array_module(x)
-    images, *block = block
-    x = xp.ascontiguousarray(xp.moveaxis(x[images], 0, -1))         # (C, *size, images)
-    u = xp.zeros((len(x), *win.kernel, *map(_length, block), x.shape[-1]), x.dtype)
-    for part, pixels in _reads(u, x, block, win):
-        part[...] = pixels
-    rows = math.prod(u.shape[:1 + len(block)])
-    return u.reshape(groups, rows // groups, math.prod(u.shape[1 + len(block):]))
-
-
-def _fold(du, dx, block, win):
-    """Add the columns of a block to the pixels of dx that _unfold reads them from."""
-    images, *block = block
-    dx = array_module(dx).moveaxis(dx[images], 0, -1)               # a view: dx changes
-    du = du.reshape(len(dx), *win.kernel, *map(_length, block), dx.shape[-1])
-    for part, pixels in _reads(du, dx, block, win):
-        pixels += part
-
-
-def _length(part):
-    return part.stop - part.start
-
-
-# y is an array (N, F, *out), but a matrix of F rows and *out * N columns: the images come last
-# there, so that those of small images, which share a block, lie side by side.
+# y is an array (N, F, *out), but a matrix of F rows and (o, n) columns. So the images go last, and
+# those of small images lie side by side.
 
 def _part(y, block):
-    """A view of what a block holds of y, (F, *out, images)."""
+    """A view of a block of y, (F, *out, images)."""
     images, *pixels = block
     return array_module(y).moveaxis(y[images, :, *pixels], 0, -1)
 
@@ -824,13 +746,90 @@ def _set_columns(y, block, columns):
     part[...] = columns.reshape(part.shape)
 
 
+# A tap reads every stride-th pixel of an image, which is a slice, and it does so for a slice of
+# the outputs: those for which the pixel lies inside. For three pixels and three taps, at a stride
+# of 1, with a zero in front and one behind:
+#
+#   x = [1 2 4]     tap 0 reads [0 1 2]     pixels 0 and 1, for outputs 1 and 2
+#                   tap 1 reads [1 2 4]     pixels 0 to 2, for outputs 0 to 2
+#                   tap 2 reads [2 4 0]     pixels 1 and 2, for outputs 0 and 1
+#
+# In the same way an output reads every dilation-th pixel, for a slice of the taps. Along each axis
+# what is fewer is taken one by one, taps or outputs, and the other as a slice.
+
+def _inside(first, step, count, n):
+    """Which of the positions first, first + step, ..., count of them, lie on an axis of n pixels:
+    as a slice of these positions, and as a slice of the pixels."""
+    low = max(-(first // step), 0)
+    high = max(min((n - 1 - first) // step + 1, count), low)
+    return slice(low, high), slice(first + low * step, first + high * step, step)
+
+
+def _reads_along(out, taps, stride, dilation, before, n):
+    """What the outputs in the slice out read of an axis of n pixels. Yields slices of the taps, of
+    these outputs, and of the pixels that they read there."""
+    first = out.start * stride - before                 # what tap 0 reads for the first output
+    outputs = out.stop - out.start
+    if taps <= outputs:
+        for k in range(taps):
+            at, pixels = _inside(first + k * dilation, stride, outputs, n)
+            yield slice(k, k + 1), at, pixels
+    else:
+        for o in range(outputs):
+            at, pixels = _inside(first + o * stride, dilation, taps, n)
+            yield at, slice(o, o + 1), pixels
+
+
+def _reads(u, x, out, win):
+    """Pairs of views: of u (A, *kernel, *out, B), and of the pixels that this part of u reads of x
+    (A, *size, B). out has a slice for each axis. In a convolution A are the channels and B the
+    images; in a pool A are both."""
+    rank = len(out)
+    axes = [_reads_along(*along) for along in zip(out, *win[:4], x.shape[1:-1])]
+    # from A k1 k2 o1 o2 B to A k1 o1 k2 o2 B: of each k and o one has length 1
+    order = (0, *(axis + 1 for a in range(rank) for axis in (a, rank + a)), 2 * rank + 1)
+    for reads in itertools.product(*axes):
+        taps, outputs, pixels = zip(*reads)
+        read = x[:, *pixels]
+        yield u[:, *taps, *outputs].transpose(order).reshape(read.shape), read
+
+
+def _by_tap(x, block, win):
+    """The shape of u by tap and output, (C, *kernel, *out, images), for x (C, *size, images)."""
+    _, *out = block
+    return (len(x), *win.kernel, *(o.stop - o.start for o in out), x.shape[-1])
+
+
+def _unfold(x, block, win, groups):
+    """The columns of u for a block, (G, rows, columns)."""
+    if _is_in_place(win, x.shape[2:]):
+        return _columns(x, block, groups)
+    xp = array_module(x)
+    images, *out = block
+    x = xp.ascontiguousarray(xp.moveaxis(x[images], 0, -1))         # (C, *size, images)
+    u = xp.zeros(_by_tap(x, block, win), x.dtype)
+    for part, read in _reads(u, x, out, win):
+        part[...] = read
+    rows = len(x) // groups * math.prod(win.kernel)
+    return u.reshape(groups, rows, math.prod(u.shape[1 + len(out):]))
+
+
+def _fold(du, dx, block, win):
+    """Add the columns of a block to the pixels of dx that _unfold reads them from."""
+    images, *out = block
+    dx = array_module(dx).moveaxis(dx[images], 0, -1)               # a view, so dx changes
+    du = du.reshape(_by_tap(dx, block, win))
+    for part, read in _reads(du, dx, out, win):
+        read += part
+
+
 def _matrices(w, groups):
-    """Weights (F, C/G, *kernel) as matrices, (G, F/G, rows of u)."""
+    """Weights (F, C/G, *kernel) as matrices, (G, F/G, rows of u): so they lie in memory."""
     return w.reshape(groups, len(w) // groups, math.prod(w.shape[1:]))
 
 
 def _product(a, b):
-    """a @ b for stacks of matrices. A column times a row is broadcast, in a quarter of the time.
+    """a @ b for stacks of matrices; a column times a row is broadcast, in a quarter of the time.
     """
     return a * b if a.shape[-1] == 1 else a @ b
 
@@ -842,31 +841,34 @@ def _add_product(total, a, b):
         total[:, i:i + few] += a[:, i:i + few] @ b
 
 
+# The first shortcut: a 1x1 convolution needs no columns, as u is x.
+
 def _is_in_place(win, size):
-    """Whether each output pixel reads the one input pixel at its own position, as in a 1x1
-    convolution: then u is x."""
+    """Whether each output pixel reads the one input pixel at its own position."""
     return set(win.kernel + win.stride) == {1} and not any(win.before) and win.out == size
 
 
 def _is_pointwise(x, w, win):
-    """Whether y = w @ x can be made image by image: if reading w again for each of them takes no
-    longer than reading the image and writing y."""
+    """Whether y = w @ x may go image by image: it is in place, and to read w again for each image
+    takes no longer than to read the image and to write y."""
     F = len(w)
     C = x.shape[1]
     return _is_in_place(win, x.shape[2:]) and C * F <= (C + F) * math.prod(win.out)
 
 
 def _pointwise(x, w, groups):
-    """y = w @ x, image by image: a 1x1 convolution needs no columns."""
+    """y = w @ x, image by image."""
     N, C, *size = x.shape
     u = x.reshape(N, groups, C // groups, math.prod(size))
     return _product(_matrices(w, groups), u).reshape(N, len(w), *size)
 
 
+# The second: at a stride of 1, dx is a convolution of dy with the mirrored kernel.
+
 def _is_mirroring_faster(dy, w, win, size, groups):
-    """Whether dx is found sooner as a convolution of dy, which needs a stride of 1 and a copy of
-    w. Its u has F * size numbers for each tap, where du has C * out; filling one number of u takes
-    half the time of adding one of du to dx."""
+    """Whether that is sooner done. Its u has F * size numbers for each tap, where du has C * out;
+    to fill in a number of u takes half as long as to add one of du to dx. And w must not be so
+    large that a copy of it is too much."""
     F = dy.shape[1]
     C = w.shape[1] * groups
     faster = F * math.prod(size) < 2 * C * math.prod(win.out)
@@ -940,8 +942,8 @@ def _pooled(x, win, outside):
         return _pixels(x)
     N, C, *size = x.shape
     u = array_module(x).full((N * C, *win.kernel, *win.out, 1), outside, x.dtype)
-    for part, pixels in _reads(u, x.reshape(N * C, *size, 1), _whole(win), win):
-        part[...] = pixels
+    for part, read in _reads(u, x.reshape(N * C, *size, 1), _whole(win), win):
+        part[...] = read
     return u.reshape(N, C, math.prod(win.kernel), *win.out)
 
 
@@ -952,12 +954,13 @@ def _unpooled(du, x, win):
     N, C, *size = x.shape
     dx = array_module(x).zeros((N * C, *size, 1), x.dtype)
     du = du.reshape(N * C, *win.kernel, *win.out, 1)
-    for part, pixels in _reads(du, dx, _whole(win), win):
-        pixels += part
+    for part, read in _reads(du, dx, _whole(win), win):
+        read += part
     return dx.reshape(x.shape)
 
 
 def _whole(win):
+    """All outputs of a window, as a slice for each axis."""
     return [slice(0, m) for m in win.out]
 
 
@@ -1389,72 +1392,40 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
     xp = _examples_module(state.net, x, target)
     _gradient(loss)                                     # TypeError if it has none
     adam = functools.partial(adam_step, beta1=beta1, beta2=beta2, eps=eps)
+    whole = any(layer.op is batch_norm for layer in state.net)
+    steps_per_epoch = math.ceil(len(x) / batch_size)
 
-    def rate(step):
-        return learning_rate(step) if callable(learning_rate) else learning_rate
+    def states(state):
+        first = state.step
+        with _team(workers, comm, xp) as run:
+            _need_same_state(state, comm)
+            for step in range(first, steps):
+                epoch, at = divmod(step, steps_per_epoch)
+                if at == 0 or step == first:
+                    order = np.random.default_rng([state.seed, epoch]).permutation(len(x))
+                batch = xp.asarray(order[at * batch_size:(at + 1) * batch_size])
+                size = len(batch) if whole else max(_shard(xp), len(batch) // 16)
+                work = functools.partial(_gradients, state.net, loss, x, target, len(batch))
+                rate = learning_rate(step) if callable(learning_rate) else learning_rate
+                with np.errstate(under="ignore"):
+                    # the sum over the shards, in their order, of each array that work lists
+                    sums = [sum(terms) for terms in zip(*run(work, _cut(batch, size)))]
+                    state = _next_state(state, sums, adam, rate, l2)
+                yield state
 
-    def next_state(state, batch, run):
-        return _next_state(state, x, target, batch, xp, run, loss, adam, rate(state.step), l2)
-    return _states(state, len(x), steps, batch_size, xp, workers, comm, next_state)
-
-
-def _states(state, count, steps, batch_size, xp, workers, comm, next_state):
-    """The loop of train: the order of the examples, the batches, and a State after each."""
     # Almost 32 MiB, allocated and freed at once. From then on glibc keeps freed memory up to this
-    # size instead of returning it to the system: a third off the time of a step (2026-11-25).
+    # size instead of returning it to the system: a fifth off the time of a step (2026-12-01).
     np.empty(2 ** 25 - 2 ** 16, np.uint8)
-    first = state.step
-    steps_per_epoch = math.ceil(count / batch_size)
-    with _team(workers, comm, xp) as run:
-        _need_same_state(state, comm)
-        for step in range(first, steps):
-            epoch, at = divmod(step, steps_per_epoch)
-            if at == 0 or step == first:
-                order = np.random.default_rng([state.seed, epoch]).permutation(count)
-            batch = xp.asarray(order[at * batch_size:(at + 1) * batch_size])
-            with np.errstate(under="ignore"):
-                state = next_state(state, batch, run)
-            yield state
+    return states(state)
 
 
-def _next_state(state, x, target, batch, xp, run, loss, adam, learning_rate, l2):
-    """The State after one more step of train, on the examples of a batch."""
-    net = state.net
-    step = state.step + 1
-    # the layers that keep a mean and a variance; while they learn, they take those of the batch
-    norms = [i for i, layer in enumerate(net)
-             if layer.op is batch_norm and layer.options.get("mean") is not None]
-    live = _with_statistics(net, norms, [(None, None)] * len(norms))
-
-    def work(index):
-        return _gradients(live, norms, loss, x, target, index, len(batch))
-    whole = any(layer.op is batch_norm for layer in net)
-    shard = len(batch) if whole else max(_shard(xp), len(batch) // 16)
-    # the sum over the shards, in their order, of each array that work lists
-    value, *totals = (sum(terms) for terms in zip(*run(work, _cut(batch, shard))))
-
-    updates = []
-    for p, dp, m, v in zip(_params(net), totals, state.m, state.v):
-        if p.ndim > 1:
-            value = value + l2 * (p * p).sum()
-            dp = dp + 2 * l2 * p
-        updates.append(adam(p, dp, m, v, step, learning_rate=learning_rate))
-    params, m, v = (list(arrays) for arrays in zip(*updates))
-    value = float(value)
-    if not (math.isfinite(value) and xp.stack([xp.isfinite(p).all() for p in params]).all()):
-        raise FloatingPointError(f"train: step {step} gave a loss of {value} or weights that are "
-                                 "not finite; learning_rate may be too large")
-
-    batch_statistics = iter(totals[len(params):])       # a mean and a variance for each norm
-    kept = [[0.9 * net[i].options[key] + 0.1 * next(batch_statistics) for key in ("mean", "var")]
-            for i in norms]
-    net = _with_statistics(_with_params(net, params), norms, kept)
-    return State(net, m, v, step, state.seed, value)
-
-
-def _gradients(net, norms, loss, x, target, index, count):
+def _gradients(net, loss, x, target, count, index):
     """What one shard, the examples at index, adds to a batch of count examples: a list of the
-    loss, the gradient by each parameter, and a mean and a variance for each layer in norms."""
+    loss, the gradient by each parameter, and the mean and the variance of what each batch_norm
+    gets."""
+    # in training a batch_norm takes the statistics of its batch, even if it keeps some
+    net = [layer._replace(options=layer.options | {"mean": None, "var": None})
+           if layer.op is batch_norm else layer for layer in net]
     target = target[index]
     share = len(index) / count                          # a loss is a mean over its examples
     y, inputs = forward(net, x[index])
@@ -1462,23 +1433,40 @@ def _gradients(net, norms, loss, x, target, index, count):
     dy, _ = _gradient(loss)(share, y, target)
     _, by_layer = backward(net, dy, inputs)
     grads = [dp for layer in by_layer for dp in layer if dp is not None]
-    statistics = [a for i in norms for a in _statistics(inputs[i])]
+    statistics = [a for layer, given in zip(net, inputs) if layer.op is batch_norm
+                  for a in _statistics(given)]
     return [value, *grads, *statistics]
 
 
-def _with_params(net, params):
-    """The network with new parameters."""
+def _next_state(state, sums, adam, learning_rate, l2):
+    """The State after one more step of train; sums are of what _gradients lists."""
+    value, *sums = sums
+    sums = iter(sums)
+    step = state.step + 1
+    updates = []
+    for p, m, v in zip(_params(state.net), state.m, state.v):
+        dp = next(sums)
+        if p.ndim > 1:
+            value = value + l2 * (p * p).sum()
+            dp = dp + 2 * l2 * p
+        updates.append(adam(p, dp, m, v, step, learning_rate=learning_rate))
+    params, m, v = (list(arrays) for arrays in zip(*updates))
+    value = float(value)
+    xp = array_module(*params)
+    if not (math.isfinite(value) and xp.stack([xp.isfinite(p).all() for p in params]).all()):
+        raise FloatingPointError(f"train: step {step} gave a loss of {value} or weights that are "
+                                 "not finite; learning_rate may be too large")
+
     params = iter(params)
-    return [Layer(layer.op, [None if p is None else next(params) for p in layer.params],
-                  layer.options) for layer in net]
-
-
-def _with_statistics(net, norms, statistics):
-    """The network with new statistics, a (mean, var) pair for each of the layers at norms."""
-    net = list(net)
-    for i, (mean, var) in zip(norms, statistics):
-        net[i] = Layer(net[i].op, net[i].params, net[i].options | {"mean": mean, "var": var})
-    return net
+    net = []
+    for op, old, options in state.net:
+        if op is batch_norm:
+            mean, var = next(sums), next(sums)
+            if options.get("mean") is not None:
+                options = options | {"mean": 0.9 * options["mean"] + 0.1 * mean,
+                                     "var": 0.9 * options["var"] + 0.1 * var}
+        net.append(Layer(op, [None if p is None else next(params) for p in old], options))
+    return State(net, m, v, step, state.seed, value)
 
 
 def _shard(xp):
@@ -1742,75 +1730,68 @@ def _arguments(f, shapes, args, options):
               if given[name] is not None or not shape.endswith("?")}
     if arrays:
         _same(arrays)
-    lengths, formulas, rank = _check_shapes(arrays, shapes)
+    axes = {name: shapes[name].removesuffix("?").split() for name in arrays}
+    rank = _rank(arrays, axes)
     for name, value in given.items():
         # not in shapes: scale is an option of coord_channels, but an array of affine
         if name in _OPTIONS and name not in shapes:
             left_out = value is None and name in defaults and defaults[name] is None
             if not left_out or name == "rng":           # None makes a new generator
                 given[name] = _OPTIONS[name](name, value, rank)
-    if formulas:
-        _check_formulas(arrays, shapes, lengths, formulas, given, rank)
+    _check_shapes(arrays, axes, rank, given)
     return given
 
 
 # The shapes of _checked: "N C *size" are two axes and then one or more, "N ..." is one and then
 # any number, "1" an axis of length 1. A trailing "?" is for an array that may be None. A name
 # stands for the same lengths throughout a call, and every * for the same number of axes, the rank.
-# C/G and F/G are C and F divided by G = groups; C+K adds K = rank channels, one more with radius.
 
-def _check_shapes(arrays, shapes):
-    """Check the shapes of a call's arrays. Returns what each name stands for, a tuple of lengths;
-    the axes named by formulas, which wait for the options; and the rank, None if there is no *."""
-    lengths = {"1": (1,)}
-    formulas = []
+def _rank(arrays, axes):
+    """Check that each array has as many axes as its shape. Returns the rank, None without a *."""
     rank = None
     for name, a in arrays.items():
-        axes = shapes[name].removesuffix("?").split()
-        fixed = len(axes) - (axes[-1][0] in "*.")       # axes with a name of their own
-        found = [(n,) for n in a.shape[:fixed]]
-        fits = a.ndim == fixed
-        if fixed < len(axes):
-            found.append(a.shape[fixed:])
-            fits = a.ndim >= fixed
-        if axes[-1][0] == "*":
-            rank = a.ndim - fixed if rank is None else rank
-            fits = a.ndim == fixed + rank > fixed
-        for axis, part in zip(axes, found):
-            if axis[1:2] in ("/", "+"):
-                formulas.append((name, axis, part[0]))
-            else:
-                # the first array with this name says what it stands for, the others must agree
-                fits = fits and lengths.setdefault(axis, part) == part
-        if not fits:
-            raise _Refused(_shape_message(name, shapes, arrays))
-    return lengths, formulas, rank
-
-
-def _check_formulas(arrays, shapes, lengths, formulas, given, rank):
-    G = given.get("groups", 1)
-    for name, axis, n in formulas:
-        if axis[1] == "/":
-            whole = n * G
-            where = f"G = groups = {G}"
+        *named, last = axes[name]
+        more = a.ndim - len(named)                      # the axes that the last name stands for
+        if last[0] == "*":
+            rank = more if rank is None else rank
+            fits = more == rank > 0
         else:
-            K = rank + given["radius"]
-            whole = n - K
-            where = f"K = {K} coordinates"
-        (known,) = lengths.setdefault(axis[0], (whole,))
-        if known != whole:
-            kind = "channels" if axis[0] == "C" else "filters"
-            raise _Refused(_shape_message(
-                name, shapes, arrays, f"{axis[0]} = {known} {kind} and {where}"))
-    (C,), (F,) = lengths["C"], lengths.get("F", (G,))
-    if C % G or F % G:
-        raise _Refused(f"groups={G} must divide the {C} channels and the {F} filters")
+            fits = more >= 0 if last == "..." else more == 1
+        if not fits:
+            raise _wrong_shape(name, arrays, axes)
+    return rank
 
 
-def _shape_message(name, shapes, arrays, where="equal names are equal lengths"):
-    wanted = ", ".join(shapes[name].removesuffix("?").split())
+def _check_shapes(arrays, axes, rank, given):
+    """Check that each name stands for the same lengths in all arrays."""
+    G = given.get("groups", 1)
+    lengths = {"1": (1,)}
+    for name, a in arrays.items():
+        *named, last = axes[name]
+        parts = [(n,) for n in a.shape[:len(named)]] + [a.shape[len(named):]]
+        for axis, part in zip(axes[name], parts):
+            where = "equal names are equal lengths"
+            if axis.endswith("/G"):                     # from C/G to C, or from F/G to F
+                axis, part = axis[0], (part[0] * G,)
+                where = f"G = groups = {G}"
+            elif axis.endswith("+K"):                   # from C+K to C
+                K = rank + given["radius"]
+                axis, part = axis[0], (part[0] - K,)
+                where = f"K = {K} coordinates"
+            # the first array with this name says what it stands for, the others must agree
+            known = lengths.setdefault(axis, part)
+            if known != part and axis in ("C", "F"):
+                where = f"{axis} = {known[0]} {'channels' if axis == 'C' else 'filters'}, {where}"
+            if known != part:
+                raise _wrong_shape(name, arrays, axes, where)
+    if G > 1 and (lengths["C"][0] % G or lengths["F"][0] % G):
+        raise _Refused(f"groups={G} must divide the {lengths['C'][0]} channels and the "
+                       f"{lengths['F'][0]} filters")
+
+
+def _wrong_shape(name, arrays, axes, where="equal names are equal lengths"):
     got = ", ".join(f"{other}.shape={a.shape}" for other, a in arrays.items())
-    return f"{name} must be ({wanted}), where {where}, got {got}"
+    return _Refused(f"{name} must be ({', '.join(axes[name])}), where {where}, got {got}")
 
 
 def _same(arrays):
@@ -2080,18 +2061,17 @@ def _split(found, layer):
     return dx, dparams[:len(want)]
 
 
-def _params_module(net):
-    """The module of a network's parameters."""
+def _params_module(net, **examples):
+    """The module of a network's parameters, and of examples, which share it."""
     params = {f"net[{i}].params[{j}]": p for i, layer in enumerate(net)
               for j, p in enumerate(layer.params) if p is not None}
     _need(params, f"net must have parameters, got none in {len(net)} layers")
-    return _same(params)
+    return _same(params | examples)
 
 
 def _examples_module(net, x, target):
-    """The module of a network, and of the arrays that it is to learn or to be scored on."""
-    xp = _params_module(net)
-    _same({"x": x, "target": target, "a parameter of net": _params(net)[0]})
+    """The same for the arrays that a network is to learn, or to be scored on."""
+    xp = _params_module(net, x=x, target=target)
     _need(x.ndim and target.ndim and len(x) == len(target) > 0, "x and target must hold as many "
           f"examples, one or more, got x.shape={x.shape}, target.shape={target.shape}")
     return xp
@@ -2100,8 +2080,8 @@ def _examples_module(net, x, target):
 def _need_same_state(state, comm):
     """Check that all processes of a training begin with the same State."""
     if comm is not None:
-        arrays = [to_numpy(a).tobytes() for a in (*_params(state.net), *state.m, *state.v)]
-        mine = (state.step, state.seed, hashlib.sha256(b"".join(arrays)).hexdigest())
+        mine = [to_numpy(a).tobytes() for a in (*_params(state.net), *state.m, *state.v)]
+        mine += [state.step, state.seed]
         if any(theirs != mine for theirs in comm.allgather(mine)):
             raise ValueError("train: state must be the same in all processes of comm, with the "
                              f"same weights, moments, step and seed; process {comm.rank} has step "
