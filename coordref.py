@@ -7,9 +7,10 @@ the pixel is. Liu et al. (2018) found that convolutional networks therefore stru
 simple task: to turn a coordinate into the pixel that it names, or a pixel into its coordinate.
 Their remedy is CoordConv: two more input channels, which hold each pixel's row and column.
 Piekniewski (2018), the critic here, answered that with those channels there is nothing to learn:
-the weights can be written down, for one convolution, one rectifier, one sum and one subtraction.
-So both use coordinates; they differ on whether it shows anything that training finds the weights.
-This file holds both sides as plain array code, for NumPy and, given CuPy arrays, for the GPU.
+the weights can be written down. To read a coordinate off an image, one convolution, one rectifier,
+one sum and one subtraction do. So both use coordinates; the dispute is whether a training that
+finds such weights proves anything. This file holds both sides as plain array code, for NumPy and,
+given CuPy arrays, for the GPU.
 
 Sections 1 to 5 are the subject, and can be explained without the others. Section 6 makes
 convolution fast. Sections 7 to 9 add what the paper's networks and their training need, and
@@ -22,37 +23,39 @@ images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel). x i
 output, w weights, b a bias. dx, dw and db are the gradients of the loss with respect to x, w and
 b, and so for any name. Positions are (row, col). xp is the module of the arrays, numpy or cupy.
 
-Some private names occur before their definition: _need... raises an error unless what follows
-holds; _flat(x) is x as (N, entries), _pixels(x) is x as (N, C, pixels); _over(p, x) gives p, (C,)
-or (N, C), axes of length 1, so that it meets the channels of x (N, C, ...); _channel_sum adds up
-all but the channels.
+Some private helpers are used before they are defined. A name that begins with _need is a check,
+and raises an error unless it holds. _flat(x) is x as (N, entries) and _pixels(x) is x as (N, C,
+pixels). _over(p, x) gives p, of shape (C,) or (N, C), axes of length 1 to meet x (N, C, ...).
+_channel_sum(x) sums over all axes but the channels.
 
 Conventions:
 "Convolution" is cross-correlation, as in PyTorch: the kernel is not flipped. Coordinate channels
 come after the input's: one per axis, in axis order, then the radius, if it is asked for, which is
-the distance from where all coordinates are 0. On the unit scale an axis runs from -1 to 1, so that
-this is the centre; on the pixel scale it runs from 0, so that this is the first pixel.
+the distance from where all coordinates are 0. That is the centre on the unit scale, where an axis
+runs from -1 to 1, and the first pixel on the pixel scale, where it runs from 0.
 
 Below every differentiable f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
 **options). It takes the upstream gradient dy, which has the shape of f's output, then what f took.
 It returns a tuple of the gradients of x and of each of params; without params, dx alone.
 
-The decorator above a function states the shapes of its arrays, here of x, w and b:
+The decorator above a function states the shapes of its arrays, here of x, w and b; where it states
+none, the docstring does:
 
     @_checked(x="N C *size", w="F C/G *kernel", b="F?")
 
 A name stands for the same lengths throughout a call. *size and *kernel are one or more axes, as
 many of one as of the other, and ... is any number. C/G is C divided by the number of groups, C+K
-is C and the coordinate channels, and an array with ? may be None. All other arguments are checked
-by their names, in a table near the end of the file, and brought to one form: for images of two
-axes a stride of 2 becomes (2, 2), and a padding of 1 becomes ((1, 1), (1, 1)). What is wrong is
-told like this:
+is C and the coordinate channels, and an array with ? may be None. Options are checked by their
+names, in a table near the end of the file, and brought to one form: for images of two axes a
+stride of 2 becomes (2, 2), and a padding of 1 becomes ((1, 1), (1, 1)). What is wrong is told like
+this:
 
     conv: b must be (F), where equal names are equal lengths, got x.shape=(1, 3, 8, 8), ...
 
 An argument of the wrong kind raises TypeError, one of the wrong value or shape ValueError. Arrays
 with a stated shape share one module and one dtype, float32 or float64, and so does the result.
-Functions return new arrays and never write to their arguments.
+Public functions never write to their arguments. They return new arrays, but for the inputs that
+forward lists, and to_numpy where there is nothing to do.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -60,13 +63,13 @@ Example:
 >>> forward(decoder_network((3, 4)), images)[0].tolist()        # and read by the critic's network
 [[1.0, 2.0], [0.0, 0.0]]
 
-Differences, for those who know the others:
+Differences from the paper's code and from PyTorch:
 From the paper's code: channels are (row, col, radius), there (col, row, radius); each axis is
 scaled by its own length, there by the other's; squares are of ones, there of 128/255; coordinates
 that go into a network to be trained are scaled to [-1, 1], there they are pixels. From PyTorch:
 padding may differ before and after an image, "same" works at any stride, softmax runs over all but
-the batch, and batch_norm uses the statistics that it is given, or else those of the batch; those
-that training keeps are of the biased variance.
+the batch, and batch_norm uses the statistics that it is given, or else those of the batch; the
+variance that it keeps in training is the biased one.
 
 References:
 Liu, Lehman, Molino, et al. An intriguing failing of convolutional neural networks and the
@@ -120,7 +123,7 @@ def _checked(**shapes):
         @functools.wraps(f)
         def checked(*args, **options):
             try:
-                with np.errstate(under="ignore"):       # exp(-1000) may be 0 without an error
+                with np.errstate(under="ignore"):       # whatever the caller set: exp(-1000) is 0
                     return _as_array(f(**_arguments(f, shapes, args, options)))
             except _Refused as refused:
                 raise refused.kind(f"{f.__name__}: {refused}") from None
@@ -140,7 +143,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_apart((n,), dtype)
+    _need_exact((n,), dtype)
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -167,8 +170,8 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
 
 
 def _coords(size, radius, scale, dtype, xp):
-    """coord_channels, which add_coords also needs for images without pixels."""
-    _need_apart(size, dtype)
+    """coord_channels for any size: add_coords may get images without pixels."""
+    _need_exact(size, dtype)
     # one array for each axis, of length 1 along the others
     channels = list(xp.meshgrid(*(_axis(n, scale, xp) for n in size), indexing="ij", sparse=True))
     if radius:
@@ -212,7 +215,8 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   W * A - X      0   3  -2  -3
 #   relu           0   3   0   0        the sum is 3, and 4 - 3 = 1
 #
-# The other way round, from a coordinate to its image, the pixel at i becomes
+# The other way round, which is coordref's addition, from a coordinate to its image, the pixel at i
+# becomes
 #
 #   relu(1 - sum_axes |i - p|)
 #
@@ -223,9 +227,9 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   1 - |i - p|    0   1   0  -1
 #   relu           0   1   0   0
 #
-# Neither direction needs training. Section 5 wires both as networks. The two functions here give
-# what the networks give, in the shortest way: in the sum above only the hot pixel counts, so
-# decode looks for that pixel, and encode sets it.
+# Neither direction needs training. Section 5 wires both as networks. The two functions here are
+# shortcuts to the same results, not these formulas: decode looks for the hot pixel, as it alone
+# counts in the sum, and encode sets it.
 
 @_checked(image="N 1 *size")
 def decode(image):
@@ -237,7 +241,7 @@ def decode(image):
     """
     xp = array_module(image)
     size = image.shape[2:]
-    _need_apart(size, image.dtype)
+    _need_exact(size, image.dtype)
     hot = _hot_pixels(_flat(image))                     # (N,), the index in the flat image
     return xp.stack(xp.unravel_index(hot, size), axis=1).astype(image.dtype)
 
@@ -282,10 +286,14 @@ def encode(coords, size, *, dtype=np.float32):
 #
 #   y = w @ u                               w = [-1 1]      y = [-1*1 + 1*2, -1*2 + 1*4] = [1 2]
 #
-# So the gradients are those of a matrix product. A weight w[f, r] adds w[f, r] * u[r, j] to each
-# y[f, j], so that dw[f, r] = sum_j dy[f, j] * u[r, j]; in the same way du[r, j] = sum_f w[f, r] *
-# dy[f, j]. The bias is added to each y[f, j]: db[f] = sum_j dy[f, j]. And u only copies pixels, so
-# the gradient of a pixel is the sum of those of its copies, dx = fold(du). Say that dy = [1 10]:
+# So the gradients are those of a matrix product. Let r be a row (c, k) of u and j a column (o, n).
+# A weight w[f, r] adds w[f, r] * u[r, j] to each y[f, j]. Hence
+#
+#   dw[f, r] = sum_j dy[f, j] * u[r, j]     and, in the same way,
+#   du[r, j] = sum_f w[f, r] * dy[f, j]
+#
+# The bias is added to each y[f, j], so db[f] = sum_j dy[f, j]. And u only copies pixels, so the
+# gradient of a pixel is the sum of those of its copies, dx = fold(du). Say that dy = [1 10]:
 #
 #   dw = dy @ u.T                           dw = [1*1 + 10*2, 1*2 + 10*4] = [21 42]
 #   du = w.T @ dy                           du = [-1 -10]  by what tap 0 read
@@ -294,8 +302,8 @@ def encode(coords, size, *, dtype=np.float32):
 #
 # Tap 0 read the pixels 0 and 1, and tap 1 the pixels 1 and 2, so pixel 1 gets two numbers.
 #
-# u repeats a pixel for every tap that reads it and may be many times as large as x. So it is never
-# built whole: blocks of output pixels take turns, and each makes the columns of u that it needs.
+# u repeats a pixel for every tap that reads it and may be many times as large as x. So it need not
+# be whole at any time: blocks of output pixels take turns, and each makes its own columns of u.
 # All this is written for one group. With G groups, the filters of a group see the channels of that
 # group alone, and w, u and y are stacks of G such matrices, with an axis G in front.
 
@@ -326,11 +334,13 @@ def _halves(totals):
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
-# The three products, block by block. Of what they call, _unfold and _fold make and take the
-# columns of u for a block; _columns and _set_columns read and write those of y; _product(a, b) is
-# a @ b; and _matrices(w) is w as a stack of G matrices, which is why w.T is w.swapaxes(1, 2).
-# Section 6 has them, and two shortcuts: if a kernel is one tap, u is x itself; and at a stride of
-# 1 dx is, with less work, a convolution of dy with the mirrored kernel.
+# The three products, block by block. Section 6 has what they call: _blocks cuts the output into
+# blocks; _unfold makes the columns of u for a block, and _fold takes them; _columns reads those of
+# y, and _set_columns writes them; _product(a, b) is a @ b, and _add_product adds it to a total;
+# _matrices(w) is w as a stack of G matrices, which is why w.T is w.swapaxes(1, 2).
+#
+# The two ifs are shortcuts, which a first reading may skip. If a kernel is one tap, u is x itself;
+# and at a stride of 1 dx is, with less work, a convolution of dy with the mirrored kernel.
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
@@ -384,7 +394,8 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1):
     stride, dilation : an integer, or one per axis
     padding : an integer, one per axis, or a (before, after) pair per axis; "valid" for none; or
         "same" for an output of ceil(size / stride), with the odd pixel, if any, after the image
-    groups : an integer that divides C and F; each filter sees the C/G channels of its own group
+    groups : an integer G that divides C and F; each filter sees the C/G channels of its own group,
+        and the formula holds within a group
 
     >>> conv(np.array([[[1., 2., 4.]]]), np.array([[[-1., 1.]]])).tolist()
     [[[1.0, 2.0]]]
@@ -418,7 +429,8 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #
 #   y = [1 2 3+10 20 30]
 #
-# It is dx of a convolution from y to x. So in the window of that convolution, x is the output.
+# It is dx of a convolution that maps y to x, and has the window of that convolution: win.out is
+# the size of x. Of what is painted, padding cuts off pixels before and after.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
     """The window of the convolution from y to x, and the size of y."""
@@ -427,17 +439,17 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
     painted = [(n - 1) * s + (k - 1) * d + 1 + extra
                for n, s, k, d, extra in zip(size, stride, kernel, dilation, output_padding)]
     if padding == "same":
-        # What is painted beyond size * stride is cut off, half of it on either side. Where the
-        # kernel is smaller than the stride too little is painted: then zeros follow y, which is a
-        # negative padding, as padding cuts off here.
+        # y is to have size * stride pixels, so the surplus is cut off, half of it on either side.
+        # Too little is painted where the kernel is smaller than the stride: to cut off a negative
+        # number of pixels after y is to add zeros there.
         surplus = [p - n * s for p, n, s in zip(painted, size, stride)]
         padding = [(0, p) if p < 0 else pair for p, pair in zip(surplus, _halves(surplus))]
-    out = tuple(p - before - after for p, (before, after) in zip(painted, padding))
+    y_size = tuple(p - before - after for p, (before, after) in zip(painted, padding))
     if any(e >= max(s, d) for e, s, d in zip(output_padding, stride, dilation)):
         raise _Refused("output_padding must be smaller than stride or dilation, got "
                        f"{_shown(output_padding)}")
-    _need_output(size, kernel, padding, out)
-    return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), size), out
+    _need_output(size, kernel, padding, y_size)
+    return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), size), y_size
 
 
 @_checked(x="N C *size", w="C F/G *kernel", b="F?")
@@ -453,21 +465,22 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     output_padding : an integer, or one per axis, below the larger of stride and dilation. It makes
         y larger at the end: a convolution with a stride gives one size of output for images of
         several sizes (with 3 taps at a stride of 2, 5 and 6 pixels give 2), and this says which of
-        these y is to have. With "same" the size is fixed, so that more is cut off in front.
+        these y is to have. With "same" the size is fixed, and it may shift what is cut off.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
     """
-    win, out = _transpose_window(x, w, stride, padding, output_padding, dilation)
-    return _add_bias(_correlate_dx(x, w, win, out, groups), b)
+    win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
+    return _add_bias(_correlate_dx(x, w, win, y_size, groups), b)
 
 
 @_checked(dy="N F *out", x="N C *size", w="C F/G *kernel", b="F?")
 def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1,
                             groups=1):
-    """dx, dw and db of conv_transpose: dx and dw as for conv, with x and dy exchanged."""
-    win, out = _transpose_window(x, w, stride, padding, output_padding, dilation)
-    _need_shape(dy, (len(x), w.shape[1] * groups, *out))
+    """dx, dw and db of conv_transpose. As y is the dx of a convolution, dx is that convolution of
+    dy, and dw is found as in conv, with x and dy exchanged."""
+    win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
+    _need_shape(dy, (len(x), w.shape[1] * groups, *y_size))
     dx = _correlate(dy, w, win, groups)
     dw = _correlate_dw(x, dy, win, groups)
     return dx, dw, None if b is None else _channel_sum(dy)
@@ -500,9 +513,8 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
                dilation=1):
     """CoordConv: conv(add_coords(x), w, b), without building add_coords(x); y (N, F, *out).
 
-    size : None, or a tuple of integers, which is not the *size of x then: x holds single pixels
-        (N, C, 1, ...), and each is first repeated over an image of this size. The paper's painter
-        gets its coordinate that way.
+    size : None, or the size, a tuple of integers, over which each single pixel of x is repeated
+        first. x is (N, C, 1, ...) then. coordconv_painter in section 8 gets its coordinate so.
     radius, scale : as in coord_channels
     stride, padding, dilation : as in conv
 
@@ -539,7 +551,7 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
 # 5 NETWORKS, WIRED BY HAND -----------------------------------------------------------------------
 #
 # The critic's formula as a network: a 1x1 CoordConv makes W * A - X, relu rectifies, sum_pool
-# adds up the pixels, and affine subtracts the sum from W. Here are the three that are missing yet.
+# adds up the pixels, and affine subtracts the sum from W. The last three come first here.
 
 @_checked(x="...")
 def relu(x):
@@ -584,7 +596,7 @@ class Layer(collections.namedtuple("Layer", "op params options")):
         the same module, under the same name with "_backward" appended.
     params : the list of arrays that training changes, each by its gradient; None stands for one
         that is left out
-    options : a dict of all the rest, arrays without a gradient among them
+    options : a dict of all the rest, including arrays that get no gradient
     """
 
     def __new__(cls, op, params=(), options=()):
@@ -653,9 +665,9 @@ def decoder_network(size, *, dtype=np.float32, xp=np):
 
 @_checked()
 def encoder_network(size, *, dtype=np.float32, xp=np):
-    """The network from a coordinate in pixels (N, len(size), 1, ...) to its one-hot image
-    (N, 1, *size): two 1x1 convolutions, 25 parameters for two axes. As |i - p| is
-    relu(i - p) + relu(p - i):
+    """The network from a coordinate in pixels to its one-hot image (N, 1, *size): two 1x1
+    convolutions, 25 parameters for two axes. The coordinate comes as an image of one pixel,
+    (N, len(size), 1, ...), which coord_conv repeats. As |i - p| is relu(i - p) + relu(p - i):
 
     y[n, 0, i] = relu(1 - sum_a (relu(i_a - p_a) + relu(p_a - i_a)))       with p = x[n]
 
@@ -689,14 +701,14 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
     return [*net, Layer(conv, [ones], {"padding": square // 2})]
 
 
-# Here the half hour ends.
+# Here the subject ends. What follows makes convolution fast, trains networks, checks arguments.
 
 
 # 6 HOW CONVOLUTION IS MADE FAST ------------------------------------------------------------------
 #
 # Nothing in this section changes more than rounding. The products of section 3 get as many columns
 # at a time as a cache holds, a block; unfold and fold move slices, not single pixels; and there
-# are two shortcuts. In this order.
+# are two shortcuts. Two sums that keep float32 accurate end the section.
 
 _BLOCK = 2 ** 20                # numbers in a block of u
 
@@ -706,27 +718,26 @@ def _blocks(x, y, win):
     pixels. u and y have at most _BLOCK numbers in a block, unless a single column has more.
 
     With 64 channels and 3x3 taps u has 576 rows, so that a block has room for 1820 columns: for
-    images of 56x56 pixels, 32 lines of one image; for images of 7x7, 20 images.
+    an image of 56x56 pixels that is 32 lines.
     """
     rows = max(x.shape[1] * math.prod(win.kernel), y.shape[1], 1)
     on_cpu = array_module(x) is np
     # a GPU gets larger blocks, as each call costs it more; by how much is a guess, not measured
-    room = max((_BLOCK if on_cpu else 128 * _BLOCK) // rows, 1)     # for columns
+    columns = max((_BLOCK if on_cpu else 128 * _BLOCK) // rows, 1)
     steps = []                                          # a block's length along each axis
     for n in reversed(win.out):                         # whole lines first, then several of them
-        steps.insert(0, min(n, room))
-        room //= steps[0]
+        steps.insert(0, min(n, columns // math.prod(steps)))
+    pixels = math.prod(steps)
+    images = columns // pixels
     if on_cpu:
         # large images one at a time, so that their columns are views of y; small ones together
-        pixels = math.prod(steps)
-        room = min(room, 1024 // pixels) if pixels <= 128 else 1
+        images = min(images, 1024 // pixels) if pixels <= 128 else 1
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
-            for n, step in zip((len(x), *win.out), (room, *steps))]
+            for n, step in zip((len(x), *win.out), (images, *steps))]
     return itertools.product(*cuts)
 
 
-# y is an array (N, F, *out), but a matrix of F rows and (o, n) columns. So the images go last, and
-# those of small images lie side by side.
+# y is an array (N, F, *out), but a matrix of F rows and (o, n) columns: the images go last.
 
 def _part(y, block):
     """A view of a block of y, (F, *out, images)."""
@@ -772,12 +783,12 @@ def _reads_along(out, taps, stride, dilation, before, n):
     outputs = out.stop - out.start
     if taps <= outputs:
         for k in range(taps):
-            at, pixels = _inside(first + k * dilation, stride, outputs, n)
-            yield slice(k, k + 1), at, pixels
+            reading, pixels = _inside(first + k * dilation, stride, outputs, n)
+            yield slice(k, k + 1), reading, pixels
     else:
         for o in range(outputs):
-            at, pixels = _inside(first + o * stride, dilation, taps, n)
-            yield at, slice(o, o + 1), pixels
+            read_by, pixels = _inside(first + o * stride, dilation, taps, n)
+            yield read_by, slice(o, o + 1), pixels
 
 
 def _reads(u, x, out, win):
@@ -786,7 +797,8 @@ def _reads(u, x, out, win):
     images; in a pool A are both."""
     rank = len(out)
     axes = [_reads_along(*along) for along in zip(out, *win[:4], x.shape[1:-1])]
-    # from A k1 k2 o1 o2 B to A k1 o1 k2 o2 B: of each k and o one has length 1
+    # From axes A k1 k2 o1 o2 B to A k1 o1 k2 o2 B, and then to A k1*o1 k2*o2 B. Of each k and o
+    # one has length 1, so that the second step, like the first, gives a view of u.
     order = (0, *(axis + 1 for a in range(rank) for axis in (a, rank + a)), 2 * rank + 1)
     for reads in itertools.product(*axes):
         taps, outputs, pixels = zip(*reads)
@@ -802,7 +814,7 @@ def _by_tap(x, block, win):
 
 def _unfold(x, block, win, groups):
     """The columns of u for a block, (G, rows, columns)."""
-    if _is_in_place(win, x.shape[2:]):
+    if _reads_own_pixel(win, x.shape[2:]):
         return _columns(x, block, groups)
     xp = array_module(x)
     images, *out = block
@@ -824,7 +836,7 @@ def _fold(du, dx, block, win):
 
 
 def _matrices(w, groups):
-    """Weights (F, C/G, *kernel) as matrices, (G, F/G, rows of u): so they lie in memory."""
+    """Weights (F, C/G, *kernel) as matrices, (G, F/G, rows of u): a view."""
     return w.reshape(groups, len(w) // groups, math.prod(w.shape[1:]))
 
 
@@ -836,14 +848,14 @@ def _product(a, b):
 
 def _add_product(total, a, b):
     """total += a @ b, some rows at a time, so that a large total is not held twice."""
-    few = max(4 * _BLOCK // max(len(total) * total.shape[2], 1), 1)
+    few = max(2 * _BLOCK // max(len(total) * total.shape[2], 1), 1)
     for i in range(0, total.shape[1], few):
         total[:, i:i + few] += a[:, i:i + few] @ b
 
 
 # The first shortcut: a 1x1 convolution needs no columns, as u is x.
 
-def _is_in_place(win, size):
+def _reads_own_pixel(win, size):
     """Whether each output pixel reads the one input pixel at its own position."""
     return set(win.kernel + win.stride) == {1} and not any(win.before) and win.out == size
 
@@ -853,7 +865,7 @@ def _is_pointwise(x, w, win):
     takes no longer than to read the image and to write y."""
     F = len(w)
     C = x.shape[1]
-    return _is_in_place(win, x.shape[2:]) and C * F <= (C + F) * math.prod(win.out)
+    return _reads_own_pixel(win, x.shape[2:]) and C * F <= (C + F) * math.prod(win.out)
 
 
 def _pointwise(x, w, groups):
@@ -893,7 +905,7 @@ def _mirrored(w, win, size, groups):
 
 
 def _image_sum(x):
-    """The sum of x (N, ...) over the images, in float64 from each 256 of them to the next."""
+    """The sum of x (N, ...) over the images: sums of 256, which are added up in float64."""
     parts = [x[n:n + 256].sum(axis=0) for n in range(0, max(len(x), 1), 256)]
     if len(parts) == 1:
         return parts[0]
@@ -901,8 +913,8 @@ def _image_sum(x):
 
 
 def _channel_sum(x):
-    """The sum of x (N, C, ...) over all axes but the channels, (C,). NumPy adds in pairs along a
-    contiguous axis, which keeps float32 accurate."""
+    """The sum of x (N, C, ...) over all axes but the channels, (C,). Along a contiguous axis NumPy
+    sums pairwise, which keeps float32 accurate."""
     return _image_sum(x if x.ndim == 2 else _pixels(x).sum(axis=2))
 
 
@@ -983,7 +995,7 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     """dx of max_pool: each window passes its dy to its first largest pixel."""
     xp = array_module(x)
     win = _pool_window(x, kernel, stride, padding)
-    # -inf is raised a little, so that it is above what lies beyond the image
+    # -inf becomes the lowest finite number, so that it is above what lies beyond the image
     u = _pooled(xp.maximum(x, np.finfo(x.dtype).min), win, -math.inf)
     _need_shape(dy, (*u.shape[:2], *u.shape[3:]))
     du = xp.zeros_like(u)
@@ -1003,10 +1015,12 @@ def mean_pool(x, *, kernel=None, stride=None, padding=0):
 def mean_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     """dx of mean_pool: each window shares its dy out evenly."""
     win = _pool_window(x, kernel, stride, padding)
-    u = _pooled(x, win, 0)
-    _need_shape(dy, (*u.shape[:2], *u.shape[3:]))
-    share = (dy / u.shape[2])[:, :, None]
-    return _unpooled(array_module(x).broadcast_to(share, u.shape), x, win)
+    out = () if win is None else win.out
+    taps = math.prod(x.shape[2:] if win is None else win.kernel)
+    _need_shape(dy, (*x.shape[:2], *out))
+    share = (dy / taps)[:, :, None]
+    du = array_module(x).broadcast_to(share, (*x.shape[:2], taps, *out))
+    return _unpooled(du, x, win)
 
 
 def _statistics(x):
@@ -1276,9 +1290,9 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     task : "classification": from a coordinate (M, 2, 1, 1) to the image of its pixel
         (M, 1, canvas, canvas); "rendering": to the square around it; "regression": from the image
         of a pixel to its coordinate (M, 2), divided by canvas
-    scale : "unit" as described, where coordinates that go in run from -1 to 1 and those that come
-        out are divided by canvas; or "pixel", where both are in pixels, as in the paper's code
-        those that go in are
+    scale : "unit", where coordinates that go in run from -1 to 1 and those that come out are
+        divided by canvas; or "pixel", where both are in pixels, as in the paper's code those that
+        go in are
 
     >>> train, test = not_so_clevr("quadrant")
     >>> train.x.shape, test.target.shape
@@ -1304,9 +1318,7 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
             x = image
             target = coords / (canvas if scale == "unit" else 1)
         else:
-            on_unit = (2 * coords - (canvas - 1)) / (canvas - 1)
-            at = coords if scale == "pixel" else on_unit
-            x = at[:, :, None, None]
+            x = axis_coords(canvas, scale=scale, dtype=np.float64)[coords][:, :, None, None]
             target = image
         return Examples(xp.asarray(x.astype(dtype)), xp.asarray(target.astype(dtype)), coords)
 
@@ -1377,8 +1389,8 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
     comm : processes that share the work, as mpi4py's COMM_WORLD: rank, size and allgather. All
         must begin with the same State, else ValueError
 
-    Examples go through the network four at a time (more where the batch has more than 64, and on
-    a GPU), and the gradients of these shards are always added in the same order. So the States do
+    Examples go through the network four at a time (more where a batch has 80 or more, and on a
+    GPU), and the gradients of these shards are always added in the same order. So the States do
     not depend, to the last bit, on the number of workers or processes, nor on whether training was
     interrupted and resumed from a saved State. A network with batch_norm takes a batch whole, so
     workers do not help; the mean and variance that it keeps become 0.9 of the old plus 0.1 of the
@@ -1430,7 +1442,7 @@ def _gradients(net, loss, x, target, count, index):
     share = len(index) / count                          # a loss is a mean over its examples
     y, inputs = forward(net, x[index])
     value = array_module(y).asarray(loss(y, target) * share)
-    dy, _ = _gradient(loss)(share, y, target)
+    dy, _ = _gradient(loss)(share, y, target)           # the upstream gradient is that share
     _, by_layer = backward(net, dy, inputs)
     grads = [dp for layer in by_layer for dp in layer if dp is not None]
     statistics = [a for layer, given in zip(net, inputs) if layer.op is batch_norm
@@ -1441,11 +1453,11 @@ def _gradients(net, loss, x, target, count, index):
 def _next_state(state, sums, adam, learning_rate, l2):
     """The State after one more step of train; sums are of what _gradients lists."""
     value, *sums = sums
-    sums = iter(sums)
+    params = _params(state.net)
+    statistics = iter(sums[len(params):])               # a mean and a variance for each batch_norm
     step = state.step + 1
     updates = []
-    for p, m, v in zip(_params(state.net), state.m, state.v):
-        dp = next(sums)
+    for p, dp, m, v in zip(params, sums, state.m, state.v):
         if p.ndim > 1:
             value = value + l2 * (p * p).sum()
             dp = dp + 2 * l2 * p
@@ -1461,7 +1473,7 @@ def _next_state(state, sums, adam, learning_rate, l2):
     net = []
     for op, old, options in state.net:
         if op is batch_norm:
-            mean, var = next(sums), next(sums)
+            mean, var = next(statistics), next(statistics)
             if options.get("mean") is not None:
                 options = options | {"mean": 0.9 * options["mean"] + 0.1 * mean,
                                      "var": 0.9 * options["var"] + 0.1 * var}
@@ -1547,7 +1559,7 @@ def evaluate(net, x, target, *, score=accuracy, workers=1):
         return [found]
     with _team(workers, None, xp) as run:
         scores = run(part, _cut(xp.arange(len(x)), len(x) if whole else _shard(xp)))
-    return float(xp.concatenate([found for found, in scores]).mean(dtype=np.float64))
+    return float(xp.concatenate([found for (found,) in scores]).mean(dtype=np.float64))
 
 
 # 10 FILES, MODULES AND CHECKS --------------------------------------------------------------------
@@ -1725,7 +1737,7 @@ def _arguments(f, shapes, args, options):
     given = defaults | dict(zip(positional, args)) | options
     twice = options.keys() & set(positional[:len(args)])
     if given.keys() != names or twice or len(args) > len(positional):
-        f(*args, **options)                             # always fails, with Python's TypeError
+        f(*args, **options)                             # a TypeError of Python's own
     arrays = {name: given[name] for name, shape in shapes.items()
               if given[name] is not None or not shape.endswith("?")}
     if arrays:
@@ -2012,11 +2024,11 @@ def _positions(coords, size):
     return at.astype(np.int64)
 
 
-def _need_apart(size, dtype):
+def _need_exact(size, dtype):
     most = int(2 / np.finfo(dtype).eps)                 # up to here the dtype holds every integer
     if max(size) > most:
-        raise _Refused(f"n, or size, must be at most {most}, as {dtype} tells no more pixels of "
-                       f"an axis apart, got {_shown(size)}")
+        raise _Refused(f"n, or size, must be at most {most}, as {dtype} cannot tell more pixels "
+                       f"of an axis apart, got {_shown(size)}")
 
 
 def _need_shape(dy, shape):
