@@ -715,7 +715,8 @@ _BLOCK = 2 ** 20                # numbers in a block of u
 
 def _blocks(x, y, win):
     """Cut the output y into blocks, each a tuple of slices: of the images, then of each axis of
-    pixels. u and y have at most _BLOCK numbers in a block, unless a single column has more.
+    pixels. u, y and the images that u is made from have at most _BLOCK numbers in a block, unless
+    a single column or image has more.
 
     With 64 channels and 3x3 taps u has 576 rows, so that a block has room for 1820 columns: for
     an image of 56x56 pixels that is 32 lines.
@@ -723,12 +724,13 @@ def _blocks(x, y, win):
     rows = max(x.shape[1] * math.prod(win.kernel), y.shape[1], 1)
     on_cpu = array_module(x) is np
     # a GPU gets larger blocks, as each call costs it more; by how much is a guess, not measured
-    columns = max((_BLOCK if on_cpu else 128 * _BLOCK) // rows, 1)
+    budget = _BLOCK if on_cpu else 128 * _BLOCK
+    columns = max(budget // rows, 1)
     steps = []                                          # a block's length along each axis
     for n in reversed(win.out):                         # whole lines first, then several of them
         steps.insert(0, min(n, columns // math.prod(steps)))
     pixels = math.prod(steps)
-    images = columns // pixels
+    images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
     if on_cpu:
         # large images one at a time, so that their columns are views of y; small ones together
         images = min(images, 1024 // pixels) if pixels <= 128 else 1
@@ -861,8 +863,8 @@ def _reads_own_pixel(win, size):
 
 
 def _is_pointwise(x, w, win):
-    """Whether y = w @ x may go image by image: it is in place, and to read w again for each image
-    takes no longer than to read the image and to write y."""
+    """Whether y = w @ x may go image by image: each output reads its own pixel, and to read w
+    again for each image takes no longer than to read the image and to write y."""
     F = len(w)
     C = x.shape[1]
     return _reads_own_pixel(win, x.shape[2:]) and C * F <= (C + F) * math.prod(win.out)
