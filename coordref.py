@@ -124,7 +124,8 @@ def _checked(**shapes):
         def checked(*args, **options):
             try:
                 with np.errstate(under="ignore"):       # whatever the caller set: exp(-1000) is 0
-                    return _as_array(f(**_arguments(f, shapes, args, options)))
+                    y = f(**_arguments(f, shapes, args, options))
+                return _as_array(y) if shapes else y
             except _Refused as refused:
                 raise refused.kind(f"{f.__name__}: {refused}") from None
         return checked
@@ -942,12 +943,10 @@ def _pool_window(x, kernel, stride, padding):
         _need(stride is None and padding == ((0, 0),) * len(size),
               "stride and padding must be left out without a kernel")
         return None
-    win = _window(size, kernel, stride or kernel, padding, (1,) * len(size))
-    # a first or a last window of nothing but padding would have no largest pixel
-    _need(all(p < k and (m - 1) * s - p < n for n, k, s, p, m in zip(
-        size, kernel, win.stride, win.before, win.out)),
-        f"padding must be smaller than the kernel {kernel}, got {padding}")
-    return win
+    # else there would be windows of nothing but padding, which have no largest pixel
+    _need(padding == "same" or all(max(pair) < k for pair, k in zip(padding, kernel)),
+          f"padding must be smaller than the kernel {kernel}, got {padding}")
+    return _window(size, kernel, stride or kernel, padding, (1,) * len(size))
 
 
 def _pooled(x, win, outside):
@@ -1423,7 +1422,7 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
                 rate = learning_rate(step) if callable(learning_rate) else learning_rate
                 with np.errstate(under="ignore"):
                     # the sum over the shards, in their order, of each array that work lists
-                    sums = [sum(terms) for terms in zip(*run(work, _cut(batch, size)))]
+                    sums = [_as_array(sum(a)) for a in zip(*run(work, _cut(batch, size)))]
                     state = _next_state(state, sums, adam, rate, l2)
                 yield state
 
@@ -1566,20 +1565,21 @@ def evaluate(net, x, target, *, score=accuracy, workers=1):
 
 # 10 FILES, MODULES AND CHECKS --------------------------------------------------------------------
 
-def _map_leaves(f, value, name=""):
+def _map_leaves(f, argument, value, name=""):
     """A copy of value, a nest of lists, tuples and dicts, with each leaf (an array, a number or a
-    string) replaced by f(name, leaf). Its name is its place, as in .net.0.options['kernel']."""
+    string) replaced by f(name, leaf). Its name is its place, as in .net.0.options['kernel'], and
+    argument is what the whole is called in an error."""
     if isinstance(value, (list, tuple)):
         names = getattr(value, "_fields", range(len(value)))
-        parts = [_map_leaves(f, v, f"{name}.{i}") for i, v in zip(names, value)]
+        parts = [_map_leaves(f, argument, v, f"{name}.{i}") for i, v in zip(names, value)]
         return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
     if isinstance(value, dict):
-        return {key: _map_leaves(f, v, f"{name}[{key!r}]") for key, v in value.items()}
+        return {k: _map_leaves(f, argument, v, f"{name}[{k!r}]") for k, v in value.items()}
     if value is None or callable(value):
         return value                                    # such as an op: it is not saved
     if not (_is_array(value) and value.dtype.kind in "biufc" or isinstance(
             value, (bool, int, float, str, np.bool_, np.integer, np.floating))):
-        raise _Refused(f"{name or 'value'} must be an array of numbers, a number or a string, got "
+        raise _Refused(f"{argument}{name} must be an array of numbers, a number or a string, got "
                        f"a {type(value).__name__}", TypeError)
     return f(name, value)
 
@@ -1599,13 +1599,13 @@ def save(path, value):
             arrays[name] = to_numpy(a)
         else:
             others[name] = a.item() if isinstance(a, np.generic) else a
-    _map_leaves(leaf, value)
+    _map_leaves(leaf, "value", value)
     _need(arrays or others, f"value must hold arrays or numbers, got {type(value)}", TypeError)
     try:
         text = json.dumps(others)
-    except ValueError as error:                         # an integer of more than 4300 digits
+    except (TypeError, ValueError) as error:            # a long double; more than 4300 digits
         raise _Refused(f"value holds a number that cannot be written: {error}") from None
-    path = os.path.realpath(os.fsdecode(path))
+    path = os.path.realpath(path)
     _need(not os.path.exists(path) or os.path.isfile(path), f"path must be of a file, not {path}")
     part = os.path.join(os.path.dirname(path), f".{os.urandom(4).hex()}.part")
     try:
@@ -1626,7 +1626,6 @@ def load(path, like):
     """Read what save wrote: a copy of like, such as a network of the same layers, with the arrays,
     numbers and strings of the file. ValueError if the file is damaged, or its names, shapes or
     dtypes are not those of like; OSError if it cannot be read."""
-    path = os.fsdecode(path)
     with open(path, "rb") as stream:
         try:
             with np.load(stream, allow_pickle=False) as file:
@@ -1650,7 +1649,7 @@ def load(path, like):
         if not fits:
             raise _Refused(f"{name} in {path} is {_told(got)}, expected {_told(a)}")
         return array_module(a).asarray(got) if _is_array(a) else type(a)(got)
-    value = _map_leaves(leaf, like)
+    value = _map_leaves(leaf, "like", like)
     more = sorted(found.keys() - set(names))
     _need(not more, f"{path} has {more[:3]}, which like has not")
     return value
@@ -1869,9 +1868,10 @@ def _number(below=sys.float_info.max):
     def check(name, value, rank):
         if not isinstance(value, Real) or isinstance(value, bool):
             raise _Refused(f"{name} must be a number, got {_shown(value)}", TypeError)
-        if not 0 <= value < below:                      # written so that NaN fails
-            raise _Refused(f"{name} must be from 0 to below {below}, got {_shown(value)}")
-        return float(value)
+        with contextlib.suppress(OverflowError):        # of 10**400, say
+            if 0 <= float(value) < below:
+                return float(value)
+        raise _Refused(f"{name} must be from 0 to below {below}, got {_shown(value)}")
     return check
 
 
@@ -1889,11 +1889,18 @@ def _choice(*allowed):
 
 
 def _dtype(name, value, rank):
-    with contextlib.suppress(TypeError):
+    with contextlib.suppress(Exception):                # NumPy has many for what is no dtype
         # np.dtype(None) is float64
         if value is not None and np.dtype(value) in (np.float32, np.float64):
             return np.dtype(value)
     raise _Refused(f"{name} must be float32 or float64, got {_shown(value)}", TypeError)
+
+
+def _path(name, value, rank):
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise _Refused(f"{name} must be a path, got {_shown(value)}", TypeError)
+    _need("\0" not in os.fsdecode(value), f"{name} must be without a null, got {_shown(value)}")
+    return os.fsdecode(value)
 
 
 def _module(name, value, rank):
@@ -1971,7 +1978,7 @@ _OPTIONS = {
     "split": _choice("uniform", "quadrant"), "start": _choice("he", "relative"),
     "task": _choice("classification", "rendering", "regression"),
     "dtype": _dtype, "xp": _module, "rng": _generator, "net": _network, "state": _state,
-    "loss": _function, "score": _function, "comm": _processes,
+    "loss": _function, "score": _function, "comm": _processes, "path": _path,
 }
 
 
@@ -1989,7 +1996,8 @@ def _pixels(x):
 
 def _flat(x):
     """x (N, ...) as (N, entries), contiguous; there must be at least one entry."""
-    _need(math.prod(x.shape[1:]), f"wants one or more entries for each of N, got shape {x.shape}")
+    _need(math.prod(x.shape[1:]), "x (or image, logits, y) must have one or more entries for each "
+          f"of N, got shape {x.shape}")
     return array_module(x).ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:]))
 
 
@@ -2029,8 +2037,8 @@ def _positions(coords, size):
 def _need_exact(size, dtype):
     most = int(2 / np.finfo(dtype).eps)                 # up to here the dtype holds every integer
     if max(size) > most:
-        raise _Refused(f"n, or size, must be at most {most}, as {dtype} cannot tell more pixels "
-                       f"of an axis apart, got {_shown(size)}")
+        raise _Refused(f"n, size or x.shape must have at most {most} pixels on an axis, as "
+                       f"{dtype} cannot tell more apart, got {_shown(size)}")
 
 
 def _need_shape(dy, shape):
