@@ -53,6 +53,7 @@ import time
 from collections import namedtuple
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from fractions import Fraction
 from functools import partial
 from statistics import fmean, geometric_mean, median
 
@@ -228,7 +229,8 @@ def does(task, groups, *, share=1.0, note=""):
         word = "holds"
     else:
         word = "in part" if gets_past_missed(task, best) else "fails"
-    most = "every seed" if share == 1 else f"{100 * share:.0f} % of the seeds of a split"
+    fraction = Fraction(share).limit_denominator(9)  # such as 2/3
+    most = "every seed" if share == 1 else f"{fraction} of the seeds of a split"
     wanted = f"wanted: {task.form(task.bound, 'g')} for {most}"
     got = f"got by {how_many(sum(good, []))}"
     if any(0 < sum(of_split) < len(of_split) for of_split in good):

@@ -2,15 +2,15 @@
 # Copyright (c) 2026 the coordref authors. The licence text is at the end of this file.
 """CoordConv from first principles, and the answer that needs no training.
 
-A convolution does the same at every pixel, so what it makes of a pixel does not depend on where
-the pixel is. Liu et al. (2018) found that convolutional networks therefore struggle to learn a
-simple task: to turn a coordinate into the pixel that it names, or a pixel into its coordinate.
-Their remedy is CoordConv: two more input channels, which hold each pixel's row and column.
-Piekniewski (2018), the critic here, answered that with those channels there is nothing to learn:
-the weights can be written down. To read a coordinate off an image, one convolution, one rectifier,
-one sum and one subtraction do. So both use coordinates; the dispute is whether a training that
-finds such weights proves anything. This file holds both sides as plain array code, for NumPy and,
-given CuPy arrays, for the GPU.
+A convolution applies the same weights everywhere. So what it makes of a pixel depends on the
+pixels around it and, away from the edges, not on where it is. Liu et al. (2018) found that
+convolutional networks therefore struggle to turn a coordinate into the pixel that it names, or the
+other way. Their remedy is CoordConv: two more input channels, which hold each pixel's row and
+column. Piekniewski (2018), the critic here, answered that with those channels there is nothing to
+learn: the weights can be written down. To read a coordinate off an image, one convolution, one
+rectifier, one sum and one subtraction suffice. So both use coordinates; the dispute is whether a
+training that finds such weights proves anything. This file holds both sides as plain array code,
+for NumPy and, given CuPy arrays, for the GPU.
 
 Sections 1 to 5 are the subject, and can be explained without the others. Section 6 makes
 convolution fast. Sections 7 to 9 add what the paper's networks and their training need, and
@@ -43,19 +43,19 @@ none, the docstring does:
 
     @_checked(x="N C *size", w="F C/G *kernel", b="F?")
 
-A name stands for the same lengths throughout a call. *size and *kernel are one or more axes, as
-many of one as of the other, and ... is any number. C/G is C divided by the number of groups, C+K
-is C and the coordinate channels, and an array with ? may be None. Options are checked by their
+A name stands for the same lengths throughout a call. *size and *kernel are one or more axes, the
+same number for all such names, and ... is any number. C/G is C divided by the number of groups,
+C+K is C and the coordinate channels, and an array with ? may be None. Options are checked by their
 names, in a table near the end of the file, and brought to one form: for images of two axes a
 stride of 2 becomes (2, 2), and a padding of 1 becomes ((1, 1), (1, 1)). What is wrong is told like
 this:
 
-    conv: b must be (F), where equal names are equal lengths, got x.shape=(1, 3, 8, 8), ...
+    conv: w must be (F, C/G, *kernel), where C = 3 channels, G = groups = 1, got x.shape=...
 
 An argument of the wrong kind raises TypeError, one of the wrong value or shape ValueError. Arrays
 with a stated shape share one module and one dtype, float32 or float64, and so does the result.
 Public functions never write to their arguments. They return new arrays, but for the inputs that
-forward lists, and to_numpy where there is nothing to do.
+forward lists, the network in a State, and to_numpy where there is nothing to do.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -118,14 +118,15 @@ __all__ = """
 
 
 def _checked(**shapes):
-    """Decorator: check f's arguments, and fill in its options, before f is called (section 10)."""
+    """Decorator: check f's arguments, and fill in its options, before f is called. _arguments of
+    section 10 does it: it returns all arguments by name, or raises _Refused."""
     def decorate(f):
         @functools.wraps(f)
         def checked(*args, **options):
             try:
                 with np.errstate(under="ignore"):       # whatever the caller set: exp(-1000) is 0
                     y = f(**_arguments(f, shapes, args, options))
-                return _as_array(y) if shapes else y
+                return _as_array(y) if shapes else y    # load, say, may give numbers
             except _Refused as refused:
                 raise refused.kind(f"{f.__name__}: {refused}") from None
         return checked
@@ -209,14 +210,15 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #
 #   p = W - sum_pixels relu(W * A - X)                          where relu(x) = max(x, 0)
 #
-# because the rectifier leaves W - p at the hot pixel and 0 elsewhere. With W = 4 and p = 1:
+# because the rectifier leaves W - p at the hot pixel, and 0 elsewhere, where -X is not above 0.
+# With W = 4 and p = 1:
 #
 #   A              0   1   0   0
 #   X              0   1   2   3
 #   W * A - X      0   3  -2  -3
 #   relu           0   3   0   0        the sum is 3, and 4 - 3 = 1
 #
-# The other way round, which is coordref's addition, from a coordinate to its image, the pixel at i
+# The other way round is coordref's addition. From a coordinate to its image, the pixel at i
 # becomes
 #
 #   relu(1 - sum_axes |i - p|)
@@ -265,9 +267,9 @@ def encode(coords, size, *, dtype=np.float32):
 # 3 CONVOLUTION -----------------------------------------------------------------------------------
 #
 # A convolution moves a kernel, a few weights called taps, over an image. At each place it adds up
-# the pixels below the taps, each times its weight. With two taps over three pixels:
+# the pixels below the taps, each times its weight. With two taps over four pixels:
 #
-#   x = [1 2 4]     w = [-1 1]      y = [-1*1 + 1*2, -1*2 + 1*4] = [1 2]
+#   x = [1 2 4 7]     w = [-1 1]      y = [-1*1 + 1*2, -1*2 + 1*4, -1*4 + 1*7] = [1 2 3]
 #
 # In general, with o for the position of an output pixel and k for that of a tap in the kernel,
 # each with one index per spatial axis:
@@ -279,13 +281,14 @@ def encode(coords, size, *, dtype=np.float32):
 #
 # This sum is a matrix product. Let the matrix u hold all that is read: a row for each channel and
 # tap, (c, k), and a column for each output pixel and image, (o, n). To fill it is to unfold x:
+# each tap copies the pixels that it reads, for all outputs at once.
 #
-#   u[(c, k), (o, n)] = x[n, c, i]          x = [1 2 4]     u = [1 2]  what tap 0 reads
-#                                                               [2 4]  what tap 1 reads
+#   u[(c, k), (o, n)] = x[n, c, i]          u = [1 2 4]  what tap 0 reads, the pixels 0 to 2
+#                                               [2 4 7]  what tap 1 reads, the pixels 1 to 3
 #
 # With w as a matrix of F rows and (c, k) columns, y is a matrix of F rows and (o, n) columns:
 #
-#   y = w @ u                               w = [-1 1]      y = [-1*1 + 1*2, -1*2 + 1*4] = [1 2]
+#   y = w @ u                               y = [1 2 3]
 #
 # So the gradients are those of a matrix product. Let r be a row (c, k) of u and j a column (o, n).
 # A weight w[f, r] adds w[f, r] * u[r, j] to each y[f, j]. Hence
@@ -294,14 +297,13 @@ def encode(coords, size, *, dtype=np.float32):
 #   du[r, j] = sum_f w[f, r] * dy[f, j]
 #
 # The bias is added to each y[f, j], so db[f] = sum_j dy[f, j]. And u only copies pixels, so the
-# gradient of a pixel is the sum of those of its copies, dx = fold(du). Say that dy = [1 10]:
+# gradient of a pixel is the sum of those of its copies: to fold du, each tap adds its row to the
+# pixels that it reads. Say that dy = [1 10 100]:
 #
-#   dw = dy @ u.T                           dw = [1*1 + 10*2, 1*2 + 10*4] = [21 42]
-#   du = w.T @ dy                           du = [-1 -10]  by what tap 0 read
-#                                                [ 1  10]  by what tap 1 read
-#   dx = fold(du)                           dx = [-1, 1 - 10, 10] = [-1 -9 10]
-#
-# Tap 0 read the pixels 0 and 1, and tap 1 the pixels 1 and 2, so pixel 1 gets two numbers.
+#   dw = dy @ u.T                           dw = [1 + 20 + 400, 2 + 40 + 700] = [421 742]
+#   du = w.T @ dy                           du = [-1 -10 -100]  to the pixels 0 to 2
+#                                                [ 1  10  100]  to the pixels 1 to 3
+#   dx = fold(du)                           dx = [-1, 1 - 10, 10 - 100, 100] = [-1 -9 -90 100]
 #
 # u repeats a pixel for every tap that reads it and may be many times as large as x. So it need not
 # be whole at any time: blocks of output pixels take turns, and each makes its own columns of u.
@@ -321,8 +323,8 @@ def _window(size, kernel, stride, padding, dilation):
     if padding == "same":
         # size / stride outputs, rounded up, and just so much padding that the last one fits: for 6
         # pixels, a stride of 2 and a span of 3 that is 3 outputs, which need 7 pixels
-        out = [-(-length // s) for length, s in zip(size, stride)]
-        needed = [(outputs - 1) * s + span for outputs, s, span in zip(out, stride, spans)]
+        wanted = [-(-length // s) for length, s in zip(size, stride)]
+        needed = [(outputs - 1) * s + span for outputs, s, span in zip(wanted, stride, spans)]
         padding = _halves(max(need - length, 0) for need, length in zip(needed, size))
     padded = [length + before + after for length, (before, after) in zip(size, padding)]
     out = tuple((length - span) // s + 1 for length, span, s in zip(padded, spans, stride))
@@ -335,13 +337,18 @@ def _halves(totals):
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
-# The three products, block by block. Section 6 has what they call: _blocks cuts the output into
-# blocks; _unfold makes the columns of u for a block, and _fold takes them; _columns reads those of
-# y, and _set_columns writes them; _product(a, b) is a @ b, and _add_product adds it to a total;
-# _matrices(w) is w as a stack of G matrices, which is why w.T is w.swapaxes(1, 2).
+# The three products, block by block. What they call stands in section 6:
 #
-# The two ifs are shortcuts, which a first reading may skip. If a kernel is one tap, u is x itself;
-# and at a stride of 1 dx is, with less work, a convolution of dy with the mirrored kernel.
+#   _blocks(x, y, win)            cuts the output into blocks
+#   _unfold(x, block, ...)        the columns of u for a block, (G, rows, columns)
+#   _fold(du, dx, block, ...)     adds such columns to the pixels of dx
+#   _columns(y, block, ...)       the columns of y for a block, (G, F/G, columns)
+#   _set_columns(y, block, ...)   writes them
+#   _matrices(w, groups)          w as a stack of matrices, (G, F/G, rows): w.T is w.swapaxes(1, 2)
+#   _product, _add_product        a @ b, and total += a @ b
+#
+# The two ifs are shortcuts, which a first reading may skip. For one tap at a stride of 1, without
+# padding, u is x itself; and at a stride of 1 dx is also a convolution of dy, sometimes cheaper.
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
@@ -398,8 +405,8 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1):
     groups : an integer G that divides C and F; each filter sees the C/G channels of its own group,
         and the formula holds within a group
 
-    >>> conv(np.array([[[1., 2., 4.]]]), np.array([[[-1., 1.]]])).tolist()
-    [[[1.0, 2.0]]]
+    >>> conv(np.array([[[1., 2., 4., 7.]]]), np.array([[[-1., 1.]]])).tolist()
+    [[[1.0, 2.0, 3.0]]]
     """
     win = _window(x.shape[2:], w.shape[2:], stride, padding, dilation)
     return _add_bias(_correlate(x, w, win, groups), b)
@@ -423,15 +430,16 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 
 # A transposed convolution is the step from dy to dx. It makes images larger: each pixel of x
 # paints the whole kernel, times its value, at a distance of stride pixels from the next. That is
-# how the rival of CoordConv draws in the paper, from one pixel to 2x2, to 4x4 and, doubling, to
-# 64x64. With a stride of 2:
+# how the paper's network without coordinates draws, doubling from one pixel to 64x64. With a
+# stride of 2:
 #
 #   x = [1 10]     w = [1 2 3]      1 * [1 2 3], and two pixels on 10 * [1 2 3]
 #
 #   y = [1 2 3+10 20 30]
 #
-# It is dx of a convolution that maps y to x, and has the window of that convolution: win.out is
-# the size of x. Of what is painted, padding cuts off pixels before and after.
+# It is dx of a convolution that maps y to x. So x plays the part of dy there and y that of dx, the
+# filters there are the channels of x, and the window is that convolution's: win.out is the size of
+# x. Of what is painted, padding cuts off pixels before and after.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
     """The window of the convolution from y to x, and the size of y."""
@@ -466,7 +474,7 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     output_padding : an integer, or one per axis, below the larger of stride and dilation. It makes
         y larger at the end: a convolution with a stride gives one size of output for images of
         several sizes (with 3 taps at a stride of 2, 5 and 6 pixels give 2), and this says which of
-        these y is to have. With "same" the size is fixed, and it may shift what is cut off.
+        these y is to have. With "same" the size is fixed, and this may shift what is cut off.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -515,7 +523,7 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     """CoordConv: conv(add_coords(x), w, b), without building add_coords(x); y (N, F, *out).
 
     size : None, or the size, a tuple of integers, over which each single pixel of x is repeated
-        first. x is (N, C, 1, ...) then. coordconv_painter in section 8 gets its coordinate so.
+        first. x is (N, C, 1, ...) then. encoder_network below gets its coordinate so.
     radius, scale : as in coord_channels
     stride, padding, dilation : as in conv
 
@@ -527,7 +535,7 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     x, coords = _image_and_coords(x, size, radius, scale)
     win = _window(x.shape[2:], w.shape[2:], stride, padding, dilation)
     y = _correlate(x, w[:, :C], win)
-    y += _add_bias(_correlate(coords, w[:, C:], win), b)
+    y += _add_bias(_correlate(coords, w[:, C:], win), b)            # the same for all images
     return y
 
 
@@ -604,7 +612,8 @@ class Layer(collections.namedtuple("Layer", "op params options")):
         if not callable(op) or not isinstance(params, (list, tuple)):
             raise TypeError("Layer: op must be a function and params a list, got "
                             f"{_shown(op)}, {_shown(params)}")
-        return super().__new__(cls, op, list(params), dict(options))    # copies
+        # the list and the dict are copied, the arrays in them are not
+        return super().__new__(cls, op, list(params), dict(options))
 
 
 @_checked()
@@ -673,8 +682,8 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
     y[n, 0, i] = relu(1 - sum_a (relu(i_a - p_a) + relu(p_a - i_a)))       with p = x[n]
 
     The first convolution has two filters for each axis. Their weights for the channels p_a and i_a
-    are [-1 1], for i_a - p_a, and [1 -1]; their biases are 0, for training to change. The second
-    adds up all of them, times -1, and adds 1.
+    are [-1 1], for i_a - p_a, and [1 -1], and their biases 0. The second adds up all of them,
+    times -1, and adds 1.
 
     >>> forward(encoder_network((2, 3)), np.array([[[[1.]], [[2.]]]], np.float32))[0].tolist()
     [[[[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]]]
@@ -716,8 +725,8 @@ _BLOCK = 2 ** 20                # numbers in a block of u
 
 def _blocks(x, y, win):
     """Cut the output y into blocks, each a tuple of slices: of the images, then of each axis of
-    pixels. u, y and the images that u is made from have at most _BLOCK numbers in a block, unless
-    a single column or image has more.
+    pixels. In a block u, y and the images that u is made from have at most _BLOCK numbers, more on
+    a GPU, unless a single column or image has more.
 
     With 64 channels and 3x3 taps u has 576 rows, so that a block has room for 1820 columns: for
     an image of 56x56 pixels that is 32 lines.
@@ -733,14 +742,16 @@ def _blocks(x, y, win):
     pixels = math.prod(steps)
     images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
     if on_cpu:
-        # large images one at a time, so that their columns are views of y; small ones together
+        # Large images come one at a time, so that their columns are views of y. Small ones go
+        # together, up to the 1024 columns from which a product gets no faster.
         images = min(images, 1024 // pixels) if pixels <= 128 else 1
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
             for n, step in zip((len(x), *win.out), (images, *steps))]
     return itertools.product(*cuts)
 
 
-# y is an array (N, F, *out), but a matrix of F rows and (o, n) columns: the images go last.
+# y is an array (N, F, *out). To make it a matrix of F rows and (o, n) columns, the images go last
+# and all axes but F become one.
 
 def _part(y, block):
     """A view of a block of y, (F, *out, images)."""
@@ -774,39 +785,40 @@ def _set_columns(y, block, columns):
 def _inside(first, step, count, n):
     """Which of the positions first, first + step, ..., count of them, lie on an axis of n pixels:
     as a slice of these positions, and as a slice of the pixels."""
-    low = max(-(first // step), 0)
-    high = max(min((n - 1 - first) // step + 1, count), low)
+    low = max(-(first // step), 0)                      # the first that is 0 or more
+    high = max(min((n - 1 - first) // step + 1, count), low)        # one past the last below n
     return slice(low, high), slice(first + low * step, first + high * step, step)
 
 
-def _reads_along(out, taps, stride, dilation, before, n):
-    """What the outputs in the slice out read of an axis of n pixels. Yields slices of the taps, of
-    these outputs, and of the pixels that they read there."""
-    first = out.start * stride - before                 # what tap 0 reads for the first output
-    outputs = out.stop - out.start
-    if taps <= outputs:
+def _reads_along(outputs, taps, stride, dilation, before, n):
+    """What the outputs, a slice, read of an axis of n pixels. Yields slices of the taps, of these
+    outputs, counted from the first, and of the pixels."""
+    first = outputs.start * stride - before             # what tap 0 reads for the first output
+    count = outputs.stop - outputs.start
+    if taps <= count:
         for k in range(taps):
-            reading, pixels = _inside(first + k * dilation, stride, outputs, n)
+            reading, pixels = _inside(first + k * dilation, stride, count, n)
             yield slice(k, k + 1), reading, pixels
     else:
-        for o in range(outputs):
+        for o in range(count):
             read_by, pixels = _inside(first + o * stride, dilation, taps, n)
             yield read_by, slice(o, o + 1), pixels
 
 
-def _reads(u, x, out, win):
+def _reads(u, x, outputs, win):
     """Pairs of views: of u (A, *kernel, *out, B), and of the pixels that this part of u reads of x
-    (A, *size, B). out has a slice for each axis. In a convolution A are the channels and B the
+    (A, *size, B). outputs has a slice for each axis. In a convolution A are the channels and B the
     images; in a pool A are both."""
-    rank = len(out)
-    axes = [_reads_along(*along) for along in zip(out, *win[:4], x.shape[1:-1])]
-    # From axes A k1 k2 o1 o2 B to A k1 o1 k2 o2 B, and then to A k1*o1 k2*o2 B. Of each k and o
-    # one has length 1, so that the second step, like the first, gives a view of u.
+    rank = len(outputs)
+    axes = [_reads_along(*along) for along in zip(
+        outputs, win.kernel, win.stride, win.dilation, win.before, x.shape[1:-1])]
+    # A part of u has the axes A k1 k2 o1 o2 B, the pixels have A i1 i2 B. Of each k and o one has
+    # length 1 and the other that of i, so that from A k1 o1 k2 o2 B a reshape gives a view of u.
     order = (0, *(axis + 1 for a in range(rank) for axis in (a, rank + a)), 2 * rank + 1)
     for reads in itertools.product(*axes):
-        taps, outputs, pixels = zip(*reads)
+        taps, at, pixels = zip(*reads)
         read = x[:, *pixels]
-        yield u[:, *taps, *outputs].transpose(order).reshape(read.shape), read
+        yield u[:, *taps, *at].transpose(order).reshape(read.shape), read
 
 
 def _by_tap(x, block, win):
@@ -856,7 +868,8 @@ def _add_product(total, a, b):
         total[:, i:i + few] += a[:, i:i + few] @ b
 
 
-# The first shortcut: a 1x1 convolution needs no columns, as u is x.
+# The first shortcut: in a 1x1 convolution u is x. So _unfold copies nothing, and where images are
+# large beside w, _pointwise does without blocks.
 
 def _reads_own_pixel(win, size):
     """Whether each output pixel reads the one input pixel at its own position."""
@@ -881,9 +894,9 @@ def _pointwise(x, w, groups):
 # The second: at a stride of 1, dx is a convolution of dy with the mirrored kernel.
 
 def _is_mirroring_faster(dy, w, win, size, groups):
-    """Whether that is sooner done. Its u has F * size numbers for each tap, where du has C * out;
-    to fill in a number of u takes half as long as to add one of du to dx. And w must not be so
-    large that a copy of it is too much."""
+    """Whether dx is found faster as that convolution. Its u has F * size numbers for each tap,
+    where du has C * out; to fill in a number of u takes half as long as to add one of du to dx.
+    And w must not be so large that a copy of it is too much."""
     F = dy.shape[1]
     C = w.shape[1] * groups
     faster = F * math.prod(size) < 2 * C * math.prod(win.out)
@@ -949,7 +962,7 @@ def _pool_window(x, kernel, stride, padding):
     return _window(size, kernel, stride or kernel, padding, (1,) * len(size))
 
 
-def _pooled(x, win, outside):
+def _unfold_pool(x, win, outside):
     """What each window of a pool reads, (N, C, taps, *out), or the whole image, (N, C, pixels)."""
     if win is None:
         return _pixels(x)
@@ -960,8 +973,8 @@ def _pooled(x, win, outside):
     return u.reshape(N, C, math.prod(win.kernel), *win.out)
 
 
-def _unpooled(du, x, win):
-    """The transpose of _pooled: dx, (N, C, *size)."""
+def _fold_pool(du, x, win):
+    """The transpose of _unfold_pool: dx, (N, C, *size)."""
     if win is None:
         return du.copy().reshape(x.shape)
     N, C, *size = x.shape
@@ -988,7 +1001,7 @@ def max_pool(x, *, kernel=None, stride=None, padding=0):
     padding : as in conv, smaller than the kernel; padded pixels never win, NaN does
     """
     win = _pool_window(x, kernel, stride, padding)
-    return _pooled(x, win, -math.inf).max(axis=2)
+    return _unfold_pool(x, win, -math.inf).max(axis=2)
 
 
 @_checked(dy="N C ...", x="N C *size")
@@ -997,18 +1010,18 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     xp = array_module(x)
     win = _pool_window(x, kernel, stride, padding)
     # -inf becomes the lowest finite number, so that it is above what lies beyond the image
-    u = _pooled(xp.maximum(x, np.finfo(x.dtype).min), win, -math.inf)
+    u = _unfold_pool(xp.maximum(x, np.finfo(x.dtype).min), win, -math.inf)
     _need_shape(dy, (*u.shape[:2], *u.shape[3:]))
     du = xp.zeros_like(u)
     xp.put_along_axis(du, u.argmax(axis=2)[:, :, None], dy[:, :, None], axis=2)
-    return _unpooled(du, x, win)
+    return _fold_pool(du, x, win)
 
 
 @_checked(x="N C *size")
 def mean_pool(x, *, kernel=None, stride=None, padding=0):
     """The mean of each window, padded zeros included, or of the whole image; options as max_pool.
     """
-    u = _pooled(x, _pool_window(x, kernel, stride, padding), 0)
+    u = _unfold_pool(x, _pool_window(x, kernel, stride, padding), 0)
     return u.sum(axis=2) / u.shape[2]
 
 
@@ -1021,7 +1034,7 @@ def mean_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     _need_shape(dy, (*x.shape[:2], *out))
     share = (dy / taps)[:, :, None]
     du = array_module(x).broadcast_to(share, (*x.shape[:2], taps, *out))
-    return _unpooled(du, x, win)
+    return _fold_pool(du, x, win)
 
 
 def _statistics(x):
@@ -1126,7 +1139,7 @@ def softmax_cross_entropy_backward(dy, logits, target):
     others = t.sum(axis=1, keepdims=True) - t
     log_p = _log_softmax(_flat(logits))
     p = xp.exp(log_p)
-    q = -xp.expm1(log_p)                                # 1 - p, which might round to 0
+    q = -xp.expm1(log_p)                                # as 1 - p might round to 0
     dlogits = _times(others, p) - _times(t, q)          # p * (t + others) - t
     return (dlogits * share).reshape(logits.shape), (log_p * -share).reshape(logits.shape)
 
@@ -1154,7 +1167,7 @@ def sigmoid_cross_entropy_backward(dy, logits, target):
     xp = array_module(logits)
     share = _loss_dy(dy) / logits.size
     p = xp.exp(-_softplus(-logits))
-    q = xp.exp(-_softplus(logits))                  # 1 - p, which would round to 0
+    q = xp.exp(-_softplus(logits))                      # as 1 - p might round to 0
     return ((1 - target) * p - target * q) * share, logits * -share
 
 
@@ -1214,10 +1227,9 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
     start : "he", the paper's, or "relative", which is coordref's own: the first layer's weights
         for the coordinate that comes in are from U(-1, 1), those for the coordinate channels are
         their negatives, and its biases are from U(-0.5, 0.5). So it starts from the differences
-        between that coordinate and each pixel's, which is a prior on the start and not the paper's
-        set-up: the untrained network is translation-equivariant, and has yet to learn the peak
-        (its accuracy is 0). With this start the weights of the last layer, which no rectifier
-        follows, have the variance 1 / fan_in.
+        between that coordinate and each pixel's. The untrained network is translation-equivariant
+        then, which the paper's is not, and has yet to learn where to peak: its accuracy is near 0.
+        The weights of the last layer, which no rectifier follows, have the variance 1 / fan_in.
     """
     K = len(size)
     one = (1,) * K
@@ -1292,8 +1304,8 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
         (M, 1, canvas, canvas); "rendering": to the square around it; "regression": from the image
         of a pixel to its coordinate (M, 2), divided by canvas
     scale : "unit", where coordinates that go in run from -1 to 1 and those that come out are
-        divided by canvas; or "pixel", where both are in pixels, as in the paper's code those that
-        go in are
+        divided by canvas; or "pixel", where both are in pixels. The paper's code has pixels go in,
+        and divides what comes out.
 
     >>> train, test = not_so_clevr("quadrant")
     >>> train.x.shape, test.target.shape
@@ -1394,8 +1406,8 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
     GPU), and the gradients of these shards are always added in the same order. So the States do
     not depend, to the last bit, on the number of workers or processes, nor on whether training was
     interrupted and resumed from a saved State. A network with batch_norm takes a batch whole, so
-    workers do not help; the mean and variance that it keeps become 0.9 of the old plus 0.1 of the
-    batch's. Raises FloatingPointError once the loss or a weight is no longer finite.
+    workers do not help; a mean and a variance that its layer is given become 0.9 of the old plus
+    0.1 of the batch's. Raises FloatingPointError once the loss or a weight is no longer finite.
 
     >>> data, _ = not_so_clevr()
     >>> state = initial_state(coordconv_painter(start="relative", rng=0))
@@ -1420,16 +1432,20 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
                 size = len(batch) if whole else max(_shard(xp), len(batch) // 16)
                 work = functools.partial(_gradients, state.net, loss, x, target, len(batch))
                 rate = learning_rate(step) if callable(learning_rate) else learning_rate
-                with np.errstate(under="ignore"):
+                with np.errstate(under="ignore"):       # _checked has returned long before this
                     # the sum over the shards, in their order, of each array that work lists
                     sums = [_as_array(sum(a)) for a in zip(*run(work, _cut(batch, size)))]
                     state = _next_state(state, sums, adam, rate, l2)
                 yield state
 
-    # Almost 32 MiB, allocated and freed at once. From then on glibc keeps freed memory up to this
-    # size instead of returning it to the system: a fifth off the time of a step (2026-12-01).
-    np.empty(2 ** 25 - 2 ** 16, np.uint8)
+    _keep_freed_memory()
     return states(state)
+
+
+def _keep_freed_memory():
+    """Almost 32 MiB, allocated and freed at once: from then on glibc keeps freed memory up to this
+    size instead of returning it to the system. A fifth off the time of a step, 2026-12-01."""
+    np.empty(2 ** 25 - 2 ** 16, np.uint8)
 
 
 def _gradients(net, loss, x, target, count, index):
