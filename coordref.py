@@ -1593,8 +1593,9 @@ def _map_leaves(f, argument, value, name=""):
         return {k: _map_leaves(f, argument, v, f"{name}[{k!r}]") for k, v in value.items()}
     if value is None or callable(value):
         return value                                    # such as an op: it is not saved
-    if not (_is_array(value) and value.dtype.kind in "biufc" or isinstance(
-            value, (bool, int, float, str, np.bool_, np.integer, np.floating))):
+    numbers = _is_array(value) and value.dtype.kind in "biufc"
+    if not numbers and not isinstance(
+            value, (bool, int, float, str, np.bool_, np.integer, np.floating)):
         raise _Refused(f"{argument}{name} must be an array of numbers, a number or a string, got "
                        f"a {type(value).__name__}", TypeError)
     return f(name, value)
@@ -1754,7 +1755,7 @@ def _arguments(f, shapes, args, options):
     given = defaults | dict(zip(positional, args)) | options
     twice = options.keys() & set(positional[:len(args)])
     if given.keys() != names or twice or len(args) > len(positional):
-        f(*args, **options)                             # a TypeError of Python's own
+        f(*args, **options)                             # which raises Python's own TypeError
     arrays = {name: given[name] for name, shape in shapes.items()
               if given[name] is not None or not shape.endswith("?")}
     if arrays:
@@ -1764,8 +1765,8 @@ def _arguments(f, shapes, args, options):
     for name, value in given.items():
         # not in shapes: scale is an option of coord_channels, but an array of affine
         if name in _OPTIONS and name not in shapes:
-            left_out = value is None and name in defaults and defaults[name] is None
-            if not left_out or name == "rng":           # None makes a new generator
+            may_be_none = name in defaults and defaults[name] is None
+            if name == "rng" or not (may_be_none and value is None):
                 given[name] = _OPTIONS[name](name, value, rank)
     _check_shapes(arrays, axes, rank, given)
     return given
@@ -1793,29 +1794,35 @@ def _rank(arrays, axes):
 
 def _check_shapes(arrays, axes, rank, given):
     """Check that each name stands for the same lengths in all arrays."""
-    G = given.get("groups", 1)
     lengths = {"1": (1,)}
     for name, a in arrays.items():
         *named, last = axes[name]
         parts = [(n,) for n in a.shape[:len(named)]] + [a.shape[len(named):]]
         for axis, part in zip(axes[name], parts):
-            where = "equal names are equal lengths"
-            if axis.endswith("/G"):                     # from C/G to C, or from F/G to F
-                axis, part = axis[0], (part[0] * G,)
-                where = f"G = groups = {G}"
-            elif axis.endswith("+K"):                   # from C+K to C
-                K = rank + given["radius"]
-                axis, part = axis[0], (part[0] - K,)
-                where = f"K = {K} coordinates"
+            letter, part, where = _solved(axis, part, rank, given)
             # the first array with this name says what it stands for, the others must agree
-            known = lengths.setdefault(axis, part)
-            if known != part and axis in ("C", "F"):
-                where = f"{axis} = {known[0]} {'channels' if axis == 'C' else 'filters'}, {where}"
+            known = lengths.setdefault(letter, part)
             if known != part:
+                if letter in ("C", "F"):
+                    kind = "channels" if letter == "C" else "filters"
+                    where = f"{letter} = {known[0]} {kind}, {where}"
                 raise _wrong_shape(name, arrays, axes, where)
+    G = given.get("groups", 1)
     if G > 1 and (lengths["C"][0] % G or lengths["F"][0] % G):
         raise _Refused(f"groups={G} must divide the {lengths['C'][0]} channels and the "
                        f"{lengths['F'][0]} filters")
+
+
+def _solved(axis, part, rank, given):
+    """What lengths, a tuple, say of the name of an axis: with n for C/G, C is n * G, and with n
+    for C+K it is n - K. Returns the name, its lengths, and how they were found."""
+    if axis.endswith("/G"):
+        G = given["groups"]
+        return axis[0], (part[0] * G,), f"G = groups = {G}"
+    if axis.endswith("+K"):
+        K = rank + given["radius"]
+        return axis[0], (part[0] - K,), f"K = {K} coordinates"
+    return axis, part, "equal names are equal lengths"
 
 
 def _wrong_shape(name, arrays, axes, where="equal names are equal lengths"):
@@ -1861,7 +1868,7 @@ def _integers(low, one_for_all=True):
             each = (value,) * rank
         if not isinstance(each, (tuple, list)):
             raise _Refused(f"{name} must be a tuple of integers, got {_shown(value)}", TypeError)
-        if len(each) != (rank or max(len(each), 1)):
+        if not each or len(each) != (len(each) if rank is None else rank):
             raise _Refused(f"{name} must have an entry for each of {rank or 'one or more'} axes, "
                            f"got {_shown(value)}")
         return tuple(_integer(low)(name, v, rank) for v in each)
