@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The dispute about CoordConv, claim by claim, and the speed of coordref.
 
-    python bench.py                   every claim on three seeds, in two minutes on two cores
+    python bench.py                   every claim on three seeds, in two to four minutes
     python bench.py --quick           the same rows in 20 seconds: trainings are cut, not judged
     python bench.py --full            the published lengths, by the runs in figures/full.jsonl
     python bench.py ops               speed by shape and by size, against SciPy and PyTorch
