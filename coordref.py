@@ -1490,7 +1490,8 @@ def _next_state(state, sums, adam, learning_rate, l2):
     net = []
     for op, old, options in state.net:
         if op is batch_norm:
-            mean, var = next(statistics), next(statistics)
+            mean = next(statistics)
+            var = next(statistics)
             if options.get("mean") is not None:
                 options = options | {"mean": 0.9 * options["mean"] + 0.1 * mean,
                                      "var": 0.9 * options["var"] + 0.1 * var}
