@@ -743,7 +743,7 @@ def _blocks(x, y, win):
     images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
     if on_cpu:
         # Large images come one at a time, so that their columns are views of y. Small ones go
-        # together, up to the 1024 columns from which a product gets no faster.
+        # together, up to 1024 columns. Images of 256 pixels took 1.7 times as long by fours.
         images = min(images, 1024 // pixels) if pixels <= 128 else 1
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
             for n, step in zip((len(x), *win.out), (images, *steps))]
