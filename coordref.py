@@ -19,20 +19,20 @@ section 10 holds files and the checks of arguments. Python 3.11 and NumPy 2.0 ar
 Notation:
 N images, C channels in, F filters (channels out), K coordinate channels, G groups; *size, *kernel
 and *out stand for the spatial axes, one or more. Images are (N, C, *size): (8, 3, 32, 48) are 8
-images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel). x is an input, y an
-output, w weights, b a bias. dx, dw and db are the gradients of the loss with respect to x, w and
-b, and so for any name. Positions are (row, col). xp is the module of the arrays, numpy or cupy.
+images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel), as a filter sees the
+channels of its group, which are all where G is 1. x is an input, y an output, w weights, b a bias.
+dx, dw and db are the gradients of the loss with respect to x, w and b, and so for any name.
+Positions are (row, col). The rank is the number of spatial axes. xp is numpy or cupy, the module
+of the arrays.
 
-Some private helpers are used before they are defined. A name that begins with _need is a check,
-and raises an error unless it holds. _flat(x) is x as (N, entries) and _pixels(x) is x as (N, C,
-pixels). _over(p, x) gives p, of shape (C,) or (N, C), axes of length 1 to meet x (N, C, ...).
-_channel_sum(x) sums over all axes but the channels.
+Private helpers stand in sections 6 and 10, after their use; the first use says what one does. A
+name that begins with _need is a check, and raises an error unless it holds.
 
 Conventions:
 "Convolution" is cross-correlation, as in PyTorch: the kernel is not flipped. Coordinate channels
-come after the input's: one per axis, in axis order, then the radius, if it is asked for, which is
-the distance from where all coordinates are 0. That is the centre on the unit scale, where an axis
-runs from -1 to 1, and the first pixel on the pixel scale, where it runs from 0.
+come after the input's: one per axis, in axis order, then the radius, if it is asked for. On the
+unit scale an axis runs from -1 to 1, on the pixel scale it counts pixels from 0. The radius is the
+distance from where all coordinates are 0.
 
 Below every differentiable f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
 **options). It takes the upstream gradient dy, which has the shape of f's output, then what f took.
@@ -43,19 +43,21 @@ none, the docstring does:
 
     @_checked(x="N C *size", w="F C/G *kernel", b="F?")
 
-A name stands for the same lengths throughout a call. *size and *kernel are one or more axes, the
-same number for all such names, and ... is any number. C/G is C divided by the number of groups,
-C+K is C and the coordinate channels, and an array with ? may be None. Options are checked by their
-names, in a table near the end of the file, and brought to one form: for images of two axes a
-stride of 2 becomes (2, 2), and a padding of 1 becomes ((1, 1), (1, 1)). What is wrong is told like
-this:
+    *size *kernel *out      one or more axes, the same number in all of them
+    ...                     any number of axes
+    C/G                     C divided by G
+    C+K                     C plus the number of coordinate channels
+    F?                      the array may be None
+
+Equal names are equal lengths, throughout a call. The other arguments are checked too, and brought
+to one form before the function sees them: for images of rank 2 a stride of 2 becomes (2, 2), and a
+padding of 1 becomes ((1, 1), (1, 1)). An error tells what was wanted and what came:
 
     conv: w must be (F, C/G, *kernel), where C = 3 channels, G = groups = 1, got x.shape=...
 
 An argument of the wrong kind raises TypeError, one of the wrong value or shape ValueError. Arrays
 with a stated shape share one module and one dtype, float32 or float64, and so does the result.
-Public functions never write to their arguments. They return new arrays, but for the inputs that
-forward lists, the network in a State, and to_numpy where there is nothing to do.
+Public functions never write to their arguments.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -63,13 +65,11 @@ Example:
 >>> forward(decoder_network((3, 4)), images)[0].tolist()        # and read by the critic's network
 [[1.0, 2.0], [0.0, 0.0]]
 
-Differences from the paper's code and from PyTorch:
-From the paper's code: channels are (row, col, radius), there (col, row, radius); each axis is
-scaled by its own length, there by the other's; squares are of ones, there of 128/255; coordinates
-that go into a network to be trained are scaled to [-1, 1], there they are pixels. From PyTorch:
-padding may differ before and after an image, "same" works at any stride, softmax runs over all but
-the batch, and batch_norm uses the statistics that it is given, or else those of the batch; the
-variance that it keeps in training is the biased one.
+Differences:
+The paper's code has the channels (col, row, radius), and divides each axis by the length of the
+other; its squares are of 128/255, here of ones. PyTorch pads an image by as much before as after,
+and has no "same" with a stride; both are possible here. More stands at coord_channels, softmax,
+batch_norm and not_so_clevr.
 
 References:
 Liu, Lehman, Molino, et al. An intriguing failing of convolutional neural networks and the
@@ -124,9 +124,10 @@ def _checked(**shapes):
         @functools.wraps(f)
         def checked(*args, **options):
             try:
-                with np.errstate(under="ignore"):       # whatever the caller set: exp(-1000) is 0
+                with np.errstate(under="ignore"):       # exp(-1000) is 0, whatever the caller set
                     y = f(**_arguments(f, shapes, args, options))
-                return _as_array(y) if shapes else y    # load, say, may give numbers
+                # NumPy makes scalars of arrays without axes, such as losses: they become arrays
+                return _as_array(y) if shapes else y
             except _Refused as refused:
                 raise refused.kind(f"{f.__name__}: {refused}") from None
         return checked
@@ -145,7 +146,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_exact((n,), dtype)
+    _need_exact((n,), dtype)                            # float32 tells 2^24 pixels apart, not more
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -160,7 +161,7 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
     """The coordinate channels of an image, (K, *size): K = len(size), or one more with radius.
 
     y[a, i_0, i_1, ...] = axis_coords(size[a])[i_a]                 for each axis a
-    y[-1, i_0, i_1, ...] = sqrt(sum_a y[a, i_0, i_1, ...]^2)        with radius
+    y[-1, i_0, i_1, ...] = sqrt(sum_a y[a, i_0, i_1, ...]^2)        with radius, over the axes a
 
     size : tuple of integers, one per axis
     scale : "unit" or "pixel", as in axis_coords
@@ -172,7 +173,7 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
 
 
 def _coords(size, radius, scale, dtype, xp):
-    """coord_channels for any size: add_coords may get images without pixels."""
+    """coord_channels, also for images without pixels, which add_coords may get."""
     _need_exact(size, dtype)
     # one array for each axis, of length 1 along the others
     channels = list(xp.meshgrid(*(_axis(n, scale, xp) for n in size), indexing="ij", sparse=True))
@@ -196,7 +197,7 @@ def add_coords(x, *, radius=False, scale="unit"):
     return xp.concatenate([x, xp.broadcast_to(coords, (len(x), *coords.shape))], axis=1)
 
 
-@_checked(dy="N C+K *size", x="N C *size")
+@_checked(x="N C *size", dy="N C+K *size")
 def add_coords_backward(dy, x, *, radius=False, scale="unit"):
     """dx = dy[:, :C]: the coordinates are constants."""
     return dy[:, :x.shape[1]].copy()
@@ -204,9 +205,12 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 
 # 2 THE CRITIC'S ANSWER ---------------------------------------------------------------------------
 #
-# Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Let X hold each pixel's
-# coordinate along an axis of length W, on the pixel scale, and let p be that of the hot pixel. The
-# critic reads p off the image as
+# This section has two formulas, which section 5 wires as networks, and two functions, decode and
+# encode, which find the same results by a shorter way.
+#
+# Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis after the
+# other. Let X hold each pixel's coordinate along this axis, 0 to W - 1, and let p be the hot
+# pixel's. The critic reads p off the image as
 #
 #   p = W - sum_pixels relu(W * A - X)                          where relu(x) = max(x, 0)
 #
@@ -218,20 +222,20 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   W * A - X      0   3  -2  -3
 #   relu           0   3   0   0        the sum is 3, and 4 - 3 = 1
 #
-# The other way round is coordref's addition. From a coordinate to its image, the pixel at i
-# becomes
+# The other way round is coordref's addition. From the coordinates p to their image, the pixel
+# whose coordinates are i becomes
 #
 #   relu(1 - sum_axes |i - p|)
 #
-# That is 1 at i = p and 0 elsewhere, since coordinates are whole numbers. With the same W and p:
+# That is 1 at i = p and 0 elsewhere, since coordinates are whole numbers. On one axis, with the
+# same W and p:
 #
 #   i              0   1   2   3
 #   |i - p|        1   0   1   2
 #   1 - |i - p|    0   1   0  -1
 #   relu           0   1   0   0
 #
-# Neither direction needs training. Section 5 wires both as networks. The two functions here are
-# shortcuts to the same results, not these formulas: decode looks for the hot pixel, as it alone
+# Neither direction needs training. The shorter way: decode looks for the hot pixel, since no other
 # counts in the sum, and encode sets it.
 
 @_checked(image="N 1 *size")
@@ -241,11 +245,14 @@ def decode(image):
 
     >>> decode(np.array([[[[0., 0., 0.], [0., 0., 1.]]]])).tolist()
     [[1.0, 2.0]]
+    >>> A, X = np.array([0., 1., 0., 0.]), np.arange(4)                 # the formula, on one axis
+    >>> float(4 - np.maximum(4 * A - X, 0).sum())
+    1.0
     """
     xp = array_module(image)
     size = image.shape[2:]
     _need_exact(size, image.dtype)
-    hot = _hot_pixels(_flat(image))                     # (N,), the index in the flat image
+    hot = _hot_pixels(_flat(image))                     # _flat: (N, pixels); hot: (N,), an index
     return xp.stack(xp.unravel_index(hot, size), axis=1).astype(image.dtype)
 
 
@@ -266,8 +273,9 @@ def encode(coords, size, *, dtype=np.float32):
 
 # 3 CONVOLUTION -----------------------------------------------------------------------------------
 #
-# A convolution moves a kernel, a few weights called taps, over an image. At each place it adds up
-# the pixels below the taps, each times its weight. With two taps over four pixels:
+# A convolution moves a kernel over an image: a few weights side by side, at places called taps. It
+# adds up the pixels below the taps, each times its weight, and moves on. With two taps over four
+# pixels:
 #
 #   x = [1 2 4 7]     w = [-1 1]      y = [-1*1 + 1*2, -1*2 + 1*4, -1*4 + 1*7] = [1 2 3]
 #
@@ -280,20 +288,21 @@ def encode(coords, size, *, dtype=np.float32):
 # before is the number of zeros in front of the axis: outside the image x counts as 0.
 #
 # This sum is a matrix product. Let the matrix u hold all that is read: a row for each channel and
-# tap, (c, k), and a column for each output pixel and image, (o, n). To fill it is to unfold x:
+# tap, (c, k), and a column for each image and output pixel, (n, o). To fill it is to unfold x:
 # each tap copies the pixels that it reads, for all outputs at once.
 #
-#   u[(c, k), (o, n)] = x[n, c, i]          u = [1 2 4]  what tap 0 reads, the pixels 0 to 2
+#   u[(c, k), (n, o)] = x[n, c, i]          u = [1 2 4]  what tap 0 reads, the pixels 0 to 2
 #                                               [2 4 7]  what tap 1 reads, the pixels 1 to 3
 #
-# With w as a matrix of F rows and (c, k) columns, y is a matrix of F rows and (o, n) columns:
+# With w as a matrix of F rows and (c, k) columns, y is a matrix of F rows and (n, o) columns:
 #
 #   y = w @ u                               y = [1 2 3]
 #
-# So the gradients are those of a matrix product. Let r be a row (c, k) of u and j a column (o, n).
-# A weight w[f, r] adds w[f, r] * u[r, j] to each y[f, j]. Hence
+# So the gradients are those of a matrix product. Let r be a row (c, k) of u and j a column (n, o).
+# y[f, j] is a sum over r of w[f, r] * u[r, j]. So the weight w[f, r] counts in y[f, j] for all j,
+# each time with the factor u[r, j], and u[r, j] counts for all f, with the factors w[f, r]. Hence
 #
-#   dw[f, r] = sum_j dy[f, j] * u[r, j]     and, in the same way,
+#   dw[f, r] = sum_j dy[f, j] * u[r, j]
 #   du[r, j] = sum_f w[f, r] * dy[f, j]
 #
 # The bias is added to each y[f, j], so db[f] = sum_j dy[f, j]. And u only copies pixels, so the
@@ -305,14 +314,16 @@ def encode(coords, size, *, dtype=np.float32):
 #                                                [ 1  10  100]  to the pixels 1 to 3
 #   dx = fold(du)                           dx = [-1, 1 - 10, 10 - 100, 100] = [-1 -9 -90 100]
 #
-# u repeats a pixel for every tap that reads it and may be many times as large as x. So it need not
-# be whole at any time: blocks of output pixels take turns, and each makes its own columns of u.
-# All this is written for one group. With G groups, the filters of a group see the channels of that
-# group alone, and w, u and y are stacks of G such matrices, with an axis G in front.
+# u repeats a pixel for every tap that reads it and may be many times as large as x. So it is never
+# made as a whole: blocks of output pixels take turns, and each makes its own columns of u. All
+# this is written for one group. With G groups, the filters of a group see the channels of that
+# group alone, and w, u and y are stacks of G such matrices:
+#
+#   y (G, F/G, columns) = w (G, F/G, C/G * taps) @ u (G, C/G * taps, columns)
 
 # How a kernel moves over an image: five tuples with an entry for each spatial axis. They hold the
-# number of taps, the stride, the dilation, the padding in front of the image and the number of
-# output pixels.
+# number of taps, the stride, the dilation, the number of zeros in front of the image and that of
+# output pixels. How many zeros come after the image follows from these.
 _Window = collections.namedtuple("_Window", "kernel stride dilation before out")
 
 
@@ -321,11 +332,11 @@ def _window(size, kernel, stride, padding, dilation):
     after) pair for each axis."""
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]         # from first to last tap
     if padding == "same":
-        # size / stride outputs, rounded up, and just so much padding that the last one fits: for 6
-        # pixels, a stride of 2 and a span of 3 that is 3 outputs, which need 7 pixels
-        wanted = [-(-length // s) for length, s in zip(size, stride)]
-        needed = [(outputs - 1) * s + span for outputs, s, span in zip(wanted, stride, spans)]
-        padding = _halves(max(need - length, 0) for need, length in zip(needed, size))
+        # size / stride outputs, rounded up, and just so much padding that the last one fits. At
+        # the right: for 6 pixels, a stride of 2 and a span of 3.
+        wanted = [-(-length // s) for length, s in zip(size, stride)]               # 3 outputs
+        needed = [(m - 1) * s + span for m, s, span in zip(wanted, stride, spans)]  # 7 pixels
+        padding = _halves(max(n - length, 0) for n, length in zip(needed, size))    # (0, 1)
     padded = [length + before + after for length, (before, after) in zip(size, padding)]
     out = tuple((length - span) // s + 1 for length, span, s in zip(padded, spans, stride))
     _need_output(size, kernel, padding, out)
@@ -347,12 +358,11 @@ def _halves(totals):
 #   _matrices(w, groups)          w as a stack of matrices, (G, F/G, rows): w.T is w.swapaxes(1, 2)
 #   _product, _add_product        a @ b, and total += a @ b
 #
-# The two ifs are shortcuts, which a first reading may skip. For one tap at a stride of 1, without
-# padding, u is x itself; and at a stride of 1 dx is also a convolution of dy, sometimes cheaper.
+# The two ifs lead to shortcuts of section 6, which a first reading skips.
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
-    if _is_pointwise(x, w, win):
+    if _is_pointwise(x, w, win):                        # a shortcut: here u is x itself
         return _pointwise(x, w, groups)
     y = array_module(x).empty((len(x), len(w), *win.out), x.dtype)
     w = _matrices(w, groups)                            # (G, F/G, rows of u)
@@ -375,8 +385,9 @@ def _correlate_dw(dy, x, win, groups=1):
 
 def _correlate_dx(dy, w, win, size, groups=1):
     """dx = fold(w.T @ dy), (N, C, *size)."""
-    if _is_mirroring_faster(dy, w, win, size, groups):
-        return _correlate(dy, *_mirrored(w, win, size, groups), groups)
+    if _is_mirroring_faster(dy, w, win, size, groups):  # a shortcut: dx as a convolution of dy
+        mirrored, window = _mirrored(w, win, size, groups)
+        return _correlate(dy, mirrored, window, groups)
     dx = array_module(dy).zeros((len(dy), w.shape[1] * groups, *size), dy.dtype)
     w = _matrices(w, groups)
     for block in _blocks(dx, dy, win):
@@ -388,7 +399,7 @@ def _correlate_dx(dy, w, win, size, groups=1):
 def _add_bias(y, b):
     """y + b[f] for each filter f; it is written to y."""
     if b is not None:
-        y += _over(b, y)
+        y += _over(b, y)                                # _over: (F, 1, ...), so that it meets y
     return y
 
 
@@ -400,8 +411,9 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1):
     out = floor((size + before + after - (kernel-1)*dilation - 1) / stride) + 1
 
     stride, dilation : an integer, or one per axis
-    padding : an integer, one per axis, or a (before, after) pair per axis; "valid" for none; or
-        "same" for an output of ceil(size / stride), with the odd pixel, if any, after the image
+    padding : an integer; one per axis, as (1, 2); a (before, after) pair per axis, as
+        ((0, 1), (2, 2)); "valid" for none; or "same" for an output of ceil(size / stride), with
+        the odd pixel, if any, after the image
     groups : an integer G that divides C and F; each filter sees the C/G channels of its own group,
         and the formula holds within a group
 
@@ -428,35 +440,39 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
     return dx, dw, None if b is None else _channel_sum(dy)
 
 
-# A transposed convolution is the step from dy to dx. It makes images larger: each pixel of x
-# paints the whole kernel, times its value, at a distance of stride pixels from the next. That is
-# how the paper's network without coordinates draws, doubling from one pixel to 64x64. With a
-# stride of 2:
+# A transposed convolution is the step from dy to dx, used as a layer. It makes images larger: each
+# pixel of x paints the whole kernel, times its value, at a distance of stride pixels from the
+# next. That is how the paper's network without coordinates draws, doubling from one pixel to
+# 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
 #
-#   x = [1 10]     w = [1 2 3]      1 * [1 2 3], and two pixels on 10 * [1 2 3]
+#   1 * w          1   2   3
+#   10 * w                10  20  30
+#   y              1   2  13  20  30
 #
-#   y = [1 2 3+10 20 30]
+# So there is a convolution from y back to x, and conv_transpose is its dx. That convolution's
+# window is used, where win.out is the size of x, and the arrays stand for
 #
-# It is dx of a convolution that maps y to x. So x plays the part of dy there and y that of dx, the
-# filters there are the channels of x, and the window is that convolution's: win.out is the size of
-# x. Of what is painted, padding cuts off pixels before and after.
+#   here           x              y              w (C, F/G, *kernel)
+#   there          dy, F is C     dx, C is F     w (F, C/G, *kernel)
+#
+# Of what is painted, padding cuts off pixels before and after.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
     """The window of the convolution from y to x, and the size of y."""
     size = x.shape[2:]
     kernel = w.shape[2:]
-    painted = [(n - 1) * s + (k - 1) * d + 1 + extra
-               for n, s, k, d, extra in zip(size, stride, kernel, dilation, output_padding)]
-    if padding == "same":
-        # y is to have size * stride pixels, so the surplus is cut off, half of it on either side.
-        # Too little is painted where the kernel is smaller than the stride: to cut off a negative
-        # number of pixels after y is to add zeros there.
-        surplus = [p - n * s for p, n, s in zip(painted, size, stride)]
-        padding = [(0, p) if p < 0 else pair for p, pair in zip(surplus, _halves(surplus))]
-    y_size = tuple(p - before - after for p, (before, after) in zip(painted, padding))
     if any(e >= max(s, d) for e, s, d in zip(output_padding, stride, dilation)):
         raise _Refused("output_padding must be smaller than stride or dilation, got "
                        f"{_shown(output_padding)}")
+    full = [(n - 1) * s + (k - 1) * d + 1 + extra       # what is painted, and output_padding
+            for n, s, k, d, extra in zip(size, stride, kernel, dilation, output_padding)]
+    if padding == "same":
+        # y is to have size * stride pixels, so the surplus is cut off, half of it on either side.
+        # Too little is painted where the kernel is smaller than the stride: with 1 tap and a
+        # stride of 3, two pixels paint [1 0 0 10] of 6. The surplus is -2: two zeros come after.
+        surplus = [p - n * s for p, n, s in zip(full, size, stride)]
+        padding = [(0, p) if p < 0 else pair for p, pair in zip(surplus, _halves(surplus))]
+    y_size = tuple(p - before - after for p, (before, after) in zip(full, padding))
     _need_output(size, kernel, padding, y_size)
     return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), size), y_size
 
@@ -471,10 +487,10 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
 
     w is (C, F/G, *kernel): the channels of x come first.
     stride, padding, dilation, groups : as in conv, but "same" gives an output of size * stride
-    output_padding : an integer, or one per axis, below the larger of stride and dilation. It makes
-        y larger at the end: a convolution with a stride gives one size of output for images of
-        several sizes (with 3 taps at a stride of 2, 5 and 6 pixels give 2), and this says which of
-        these y is to have. With "same" the size is fixed, and this may shift what is cut off.
+    output_padding : an integer, or one per axis, below the larger of stride and dilation: so many
+        pixels more at the end of y. With 3 taps and a stride of 2, conv makes 2 pixels of 5 and
+        of 6; so conv_transpose makes 5 of 2, or 6 with an output_padding of 1. With "same" it
+        counts as painted before the surplus is cut off.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -491,7 +507,7 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
     _need_shape(dy, (len(x), w.shape[1] * groups, *y_size))
     dx = _correlate(dy, w, win, groups)
-    dw = _correlate_dw(x, dy, win, groups)
+    dw = _correlate_dw(x, dy, win, groups)              # here x is what dy is in conv
     return dx, dw, None if b is None else _channel_sum(dy)
 
 
@@ -502,16 +518,17 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
 #
 #   conv(add_coords(x), w, b) = conv(x, w[:, :C]) + conv(coords, w[:, C:], b)
 #
-# The second part is the same for every image and computed once per batch. So CoordConv adds to a
-# convolution a bias that depends on the position, and the coordinates' weights decide how.
+# The second part is the same for every image and computed once per call. So CoordConv adds to a
+# convolution a bias that depends on the position, and the coordinates' weights decide how. Where
+# the kernel reaches beyond the image, coordinates count as 0 there, as pixels do.
 
-def _image_and_coords(x, size, radius, scale):
+def _images_and_coords(x, size, radius, scale):
     """The images, with single pixels repeated over size if one is given; and their coordinate
     channels as a batch of one, (1, K, *size)."""
     xp = array_module(x)
     if size is not None:
-        _need(set(x.shape[2:]) <= {1}, f"x must be single pixels, (N, C, 1, ...), to be repeated "
-              f"over size={size}, got x.shape={x.shape}")
+        _need(all(n == 1 for n in x.shape[2:]), "x must be single pixels, (N, C, 1, ...), to be "
+              f"repeated over size={size}, got x.shape={x.shape}")
         x = xp.broadcast_to(x, (*x.shape[:2], *size))
     coords = _coords(x.shape[2:], radius, scale, x.dtype, xp)
     return x, coords[None]
@@ -520,10 +537,12 @@ def _image_and_coords(x, size, radius, scale):
 @_checked(x="N C *size", w="F C+K *kernel", b="F?")
 def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1, padding=0,
                dilation=1):
-    """CoordConv: conv(add_coords(x), w, b), without building add_coords(x); y (N, F, *out).
+    """CoordConv: conv(add_coords(x), w, b), without building add_coords(x); y (N, F, *out). There
+    are no groups: each filter sees the coordinates.
 
-    size : None, or the size, a tuple of integers, over which each single pixel of x is repeated
-        first. x is (N, C, 1, ...) then. encoder_network below gets its coordinate so.
+    size : None; or, for images x of one pixel, (N, C, 1, ...), the size to which that pixel is
+        repeated first, a tuple of integers. Thus a position, as such an image, becomes two
+        channels that hold it everywhere, beside those of the coordinates.
     radius, scale : as in coord_channels
     stride, padding, dilation : as in conv
 
@@ -532,9 +551,9 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     [[[-3.0, 7.0, 19.0]]]
     """
     C = x.shape[1]
-    x, coords = _image_and_coords(x, size, radius, scale)
-    win = _window(x.shape[2:], w.shape[2:], stride, padding, dilation)
-    y = _correlate(x, w[:, :C], win)
+    images, coords = _images_and_coords(x, size, radius, scale)
+    win = _window(images.shape[2:], w.shape[2:], stride, padding, dilation)
+    y = _correlate(images, w[:, :C], win)
     y += _add_bias(_correlate(coords, w[:, C:], win), b)            # the same for all images
     return y
 
@@ -542,29 +561,29 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
 @_checked(dy="N F *out", x="N C *size", w="F C+K *kernel", b="F?")
 def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
                         padding=0, dilation=1):
-    """dx, dw and db of coord_conv. As all images share the coordinates, the gradients by the
-    coordinates' weights and by the bias are found from dy summed over the images."""
+    """dx, dw and db of coord_conv. All images share the u of the coordinates, so that the gradient
+    by their weights, sum_n dy[n] @ u.T, is (sum_n dy[n]) @ u.T."""
     C = x.shape[1]
-    image, coords = _image_and_coords(x, size, radius, scale)
-    win = _window(image.shape[2:], w.shape[2:], stride, padding, dilation)
+    images, coords = _images_and_coords(x, size, radius, scale)
+    win = _window(images.shape[2:], w.shape[2:], stride, padding, dilation)
     _need_shape(dy, (len(x), len(w), *win.out))
-    dx = _correlate_dx(dy, w[:, :C], win, image.shape[2:])
-    if size is not None:                                # a pixel was read wherever it was repeated
-        dx = _pixels(dx).sum(axis=2).reshape(x.shape)
+    dx = _correlate_dx(dy, w[:, :C], win, images.shape[2:])
+    if size is not None:                                # a pixel's gradient is that of its copies
+        dx = _pixels(dx).sum(axis=2).reshape(x.shape)   # _pixels: (N, C, pixels)
     total = _image_sum(dy)[None]                        # (1, F, *out)
     dw = array_module(x).concatenate(
-        [_correlate_dw(dy, image, win), _correlate_dw(total, coords, win)], axis=1)
+        [_correlate_dw(dy, images, win), _correlate_dw(total, coords, win)], axis=1)
     return dx, dw, None if b is None else _channel_sum(total)
 
 
 # 5 NETWORKS, WIRED BY HAND -----------------------------------------------------------------------
 #
 # The critic's formula as a network: a 1x1 CoordConv makes W * A - X, relu rectifies, sum_pool
-# adds up the pixels, and affine subtracts the sum from W. The last three come first here.
+# adds up the pixels, and affine subtracts the sum from W.
 
 @_checked(x="...")
 def relu(x):
-    """The rectifier max(x, 0), elementwise; NaN stays NaN."""
+    """The rectifier max(x, 0), elementwise; of NaN it is NaN, with a gradient of 0."""
     return array_module(x).maximum(x, 0)
 
 
@@ -639,9 +658,9 @@ def backward(net, dy, inputs):
           f"{len(inputs)}")
     grads = []
     for layer, x in zip(reversed(net), reversed(inputs)):
-        op_backward = _gradient(layer.op)               # the function op_backward beside op
+        op_backward = _gradient(layer.op)               # conv_backward for conv
         found = op_backward(dy, x, *layer.params, **layer.options)
-        dy, dparams = _split(found, layer)              # dx of a layer is dy of the one before
+        dy, dparams = _split(found, layer)              # dx, which is dy of the layer before
         grads.insert(0, dparams)
     return (dy if net else dy.copy()), grads
 
@@ -657,14 +676,15 @@ def _weights(matrix, rank, dtype, xp):
 def decoder_network(size, *, dtype=np.float32, xp=np):
     """The critic's network, from a one-hot image (N, 1, *size) to its coordinate (N, len(size)).
 
-    coord[n, a] = size[a] - sum_i relu(size[a] * x[n, 0, i] - i_a)      i_a is pixel i's coordinate
+    coord[n, a] = size[a] - sum_i relu(size[a] * x[n, 0, i] - i_a)      for each axis a, where i_a
+                                                            is the coordinate of pixel i along it
 
     A 1x1 CoordConv with one filter per axis a; for an image of 3 rows and 4 columns, its weights
     for the channels image, row and col are [[3 -1 0], [4 0 -1]]. Then the rectifier, the sum and
     the subtraction. An image that is not one-hot gets what the formula gives.
     """
     K = len(size)
-    w = np.column_stack([size, -np.eye(K)])
+    w = np.column_stack([size, -np.eye(K)])             # (K, 1+K)
     minus_ones = xp.full(K, -1, dtype)
     sizes = xp.asarray(size, dtype)
     return [Layer(coord_conv, [_weights(w, K, dtype, xp)], {"scale": "pixel"}),
@@ -681,16 +701,16 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
 
     y[n, 0, i] = relu(1 - sum_a (relu(i_a - p_a) + relu(p_a - i_a)))       with p = x[n]
 
-    The first convolution has two filters for each axis. Their weights for the channels p_a and i_a
-    are [-1 1], for i_a - p_a, and [1 -1], and their biases 0. The second adds up all of them,
-    times -1, and adds 1.
+    For two axes the weights of the first convolution, for the channels p_0, p_1, i_0 and i_1, are
+    [[-1 0 1 0] [0 -1 0 1] [1 0 -1 0] [0 1 0 -1]], and those of the second [[-1 -1 -1 -1]], with a
+    bias of 1.
 
     >>> forward(encoder_network((2, 3)), np.array([[[[1.]], [[2.]]]], np.float32))[0].tolist()
     [[[[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]]]
     """
     K = len(size)
-    one = np.eye(K)                                     # each axis has weights for itself alone
-    w = np.block([[-one, one], [one, -one]])
+    eye = np.eye(K)                                     # each axis has weights for itself alone
+    w = np.block([[-eye, eye], [eye, -eye]])
     minus_ones = -np.ones((1, 2 * K))
     return [Layer(coord_conv, [_weights(w, K, dtype, xp), xp.zeros(2 * K, dtype)],
                   {"size": size, "scale": "pixel"}),
@@ -702,8 +722,9 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
 @_checked()
 def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
     """The network from a coordinate in pixels (N, len(size), 1, ...) to the square around it, cut
-    off at the edge, (N, 1, *size): encoder_network, then a convolution with ones. The side of the
-    square is odd.
+    off at the edge, (N, 1, *size): encoder_network, then a convolution with ones.
+
+    square : the side of the square, an odd number of pixels
     """
     net = encoder_network(size, dtype=dtype, xp=xp)
     kernel = (square,) * len(size)
@@ -725,38 +746,38 @@ _BLOCK = 2 ** 20                # numbers in a block of u
 
 def _blocks(x, y, win):
     """Cut the output y into blocks, each a tuple of slices: of the images, then of each axis of
-    pixels. In a block u, y and the images that u is made from have at most _BLOCK numbers, more on
-    a GPU, unless a single column or image has more.
+    pixels. For a block, neither u nor y nor the images that u is made from have more than _BLOCK
+    numbers, unless a single column or image has more. A GPU has larger blocks.
 
-    With 64 channels and 3x3 taps u has 576 rows, so that a block has room for 1820 columns: for
-    an image of 56x56 pixels that is 32 lines.
+    With 64 channels, 3x3 taps and images of 56x56 pixels u has 576 rows, and so 1820 columns at a
+    time: the steps are (32, 56), which is 1792 pixels of one image.
     """
     rows = max(x.shape[1] * math.prod(win.kernel), y.shape[1], 1)
     on_cpu = array_module(x) is np
-    # a GPU gets larger blocks, as each call costs it more; by how much is a guess, not measured
+    # each call costs a GPU more; by how much its blocks should be larger was not measured
     budget = _BLOCK if on_cpu else 128 * _BLOCK
     columns = max(budget // rows, 1)
     steps = []                                          # a block's length along each axis
-    for n in reversed(win.out):                         # whole lines first, then several of them
+    for n in reversed(win.out):                         # the last axis whole, if there is room
         steps.insert(0, min(n, columns // math.prod(steps)))
     pixels = math.prod(steps)
     images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
     if on_cpu:
-        # Large images come one at a time, so that their columns are views of y. Small ones go
-        # together, up to 1024 columns. Images of 256 pixels took 1.7 times as long by fours.
-        images = min(images, 1024 // pixels) if pixels <= 128 else 1
+        # Large images come one by one: for a single tap u is then a view of x. Small ones share a
+        # block, of which u is small: 64 images of 12x12 took four times as long one by one.
+        images = 1 if pixels > 1024 else max(min(images, _BLOCK // 4 // (rows * pixels)), 1)
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
             for n, step in zip((len(x), *win.out), (images, *steps))]
     return itertools.product(*cuts)
 
 
-# y is an array (N, F, *out). To make it a matrix of F rows and (o, n) columns, the images go last
-# and all axes but F become one.
+# y is an array (N, F, *out). To make it a matrix of F rows and (n, o) columns, F goes first and
+# the other axes become one.
 
 def _part(y, block):
-    """A view of a block of y, (F, *out, images)."""
+    """A view of a block of y, (F, images, *out)."""
     images, *pixels = block
-    return array_module(y).moveaxis(y[images, :, *pixels], 0, -1)
+    return y[images, :, *pixels].swapaxes(0, 1)
 
 
 def _columns(y, block, groups):
@@ -780,61 +801,65 @@ def _set_columns(y, block, columns):
 #                   tap 2 reads [2 4 0]     pixels 1 and 2, for outputs 0 and 1
 #
 # In the same way an output reads every dilation-th pixel, for a slice of the taps. Along each axis
-# what is fewer is taken one by one, taps or outputs, and the other as a slice.
+# taps or outputs are taken one by one, and the others as a slice: what is fewer one by one, as a
+# kernel may be as large as the image.
 
 def _inside(first, step, count, n):
     """Which of the positions first, first + step, ..., count of them, lie on an axis of n pixels:
-    as a slice of these positions, and as a slice of the pixels."""
+    as a slice of these positions, and as a slice of the pixels. For tap 0 above, _inside(-1, 1, 3,
+    3), these are 1:3, the outputs, and 0:2, the pixels."""
     low = max(-(first // step), 0)                      # the first that is 0 or more
-    high = max(min((n - 1 - first) // step + 1, count), low)        # one past the last below n
+    high = min((n - 1 - first) // step + 1, count)      # one past the last that is below n
+    high = max(high, low)                               # there may be none
     return slice(low, high), slice(first + low * step, first + high * step, step)
 
 
 def _reads_along(outputs, taps, stride, dilation, before, n):
-    """What the outputs, a slice, read of an axis of n pixels. Yields slices of the taps, of these
-    outputs, counted from the first, and of the pixels."""
+    """What the outputs, a slice, read of an axis of n pixels. Yields pairs: a tap and a slice of
+    these outputs, or a slice of the taps and an output; and the slice of the pixels."""
     first = outputs.start * stride - before             # what tap 0 reads for the first output
     count = outputs.stop - outputs.start
     if taps <= count:
         for k in range(taps):
             reading, pixels = _inside(first + k * dilation, stride, count, n)
-            yield slice(k, k + 1), reading, pixels
+            yield (k, reading), pixels
     else:
         for o in range(count):
             read_by, pixels = _inside(first + o * stride, dilation, taps, n)
-            yield read_by, slice(o, o + 1), pixels
+            yield (read_by, o), pixels
 
 
 def _reads(u, x, outputs, win):
-    """Pairs of views: of u (A, *kernel, *out, B), and of the pixels that this part of u reads of x
-    (A, *size, B). outputs has a slice for each axis. In a convolution A are the channels and B the
-    images; in a pool A are both."""
+    """Pairs of views of the same shape: of a part of u (A, *kernel, B, *out), and of the pixels of
+    x (A, B, *size) that it reads. outputs has a slice for each axis. In a convolution A stands for
+    the channels and B for the images; in a pool A is both and B is 1.
+
+    The axes of u are put in the order A, B, k1, o1, k2, o2, ... In each pair of a k and an o there
+    is a number, whose axis goes, and a slice, as long as that of the pixels.
+    """
     rank = len(outputs)
     axes = [_reads_along(*along) for along in zip(
-        outputs, win.kernel, win.stride, win.dilation, win.before, x.shape[1:-1])]
-    # A part of u has the axes A k1 k2 o1 o2 B, the pixels have A i1 i2 B. Of each k and o one has
-    # length 1 and the other that of i, so that from A k1 o1 k2 o2 B a reshape gives a view of u.
-    order = (0, *(axis + 1 for a in range(rank) for axis in (a, rank + a)), 2 * rank + 1)
-    for reads in itertools.product(*axes):
-        taps, at, pixels = zip(*reads)
-        read = x[:, *pixels]
-        yield u[:, *taps, *at].transpose(order).reshape(read.shape), read
+        outputs, win.kernel, win.stride, win.dilation, win.before, x.shape[2:])]
+    pairs = [axis for a in range(rank) for axis in (1 + a, 2 + rank + a)]
+    u = u.transpose(0, 1 + rank, *pairs)
+    for along_each in itertools.product(*axes):
+        at, pixels = zip(*along_each)
+        yield u[:, :, *itertools.chain(*at)], x[:, :, *pixels]
 
 
-def _by_tap(x, block, win):
-    """The shape of u by tap and output, (C, *kernel, *out, images), for x (C, *size, images)."""
+def _shape_of_u(x, block, win):
+    """(C, *kernel, images, *out), for the images of a block x (C, images, *size)."""
     _, *out = block
-    return (len(x), *win.kernel, *(o.stop - o.start for o in out), x.shape[-1])
+    return (len(x), *win.kernel, x.shape[1], *(o.stop - o.start for o in out))
 
 
 def _unfold(x, block, win, groups):
     """The columns of u for a block, (G, rows, columns)."""
     if _reads_own_pixel(win, x.shape[2:]):
         return _columns(x, block, groups)
-    xp = array_module(x)
     images, *out = block
-    x = xp.ascontiguousarray(xp.moveaxis(x[images], 0, -1))         # (C, *size, images)
-    u = xp.zeros(_by_tap(x, block, win), x.dtype)
+    x = x[images].swapaxes(0, 1)                        # (C, images, *size)
+    u = array_module(x).zeros(_shape_of_u(x, block, win), x.dtype)
     for part, read in _reads(u, x, out, win):
         part[...] = read
     rows = len(x) // groups * math.prod(win.kernel)
@@ -844,8 +869,8 @@ def _unfold(x, block, win, groups):
 def _fold(du, dx, block, win):
     """Add the columns of a block to the pixels of dx that _unfold reads them from."""
     images, *out = block
-    dx = array_module(dx).moveaxis(dx[images], 0, -1)               # a view, so dx changes
-    du = du.reshape(_by_tap(dx, block, win))
+    dx = dx[images].swapaxes(0, 1)                      # a view, so dx changes
+    du = du.reshape(_shape_of_u(dx, block, win))
     for part, read in _reads(du, dx, out, win):
         read += part
 
@@ -863,13 +888,13 @@ def _product(a, b):
 
 def _add_product(total, a, b):
     """total += a @ b, some rows at a time, so that a large total is not held twice."""
-    few = max(2 * _BLOCK // max(len(total) * total.shape[2], 1), 1)
-    for i in range(0, total.shape[1], few):
-        total[:, i:i + few] += a[:, i:i + few] @ b
+    rows = max(2 * _BLOCK // max(len(total) * total.shape[2], 1), 1)
+    for i in range(0, total.shape[1], rows):
+        total[:, i:i + rows] += a[:, i:i + rows] @ b
 
 
-# The first shortcut: in a 1x1 convolution u is x. So _unfold copies nothing, and where images are
-# large beside w, _pointwise does without blocks.
+# The first shortcut: in a 1x1 convolution without padding u is x, in another order. Where images
+# are large beside w, _pointwise does without blocks.
 
 def _reads_own_pixel(win, size):
     """Whether each output pixel reads the one input pixel at its own position."""
@@ -879,9 +904,8 @@ def _reads_own_pixel(win, size):
 def _is_pointwise(x, w, win):
     """Whether y = w @ x may go image by image: each output reads its own pixel, and to read w
     again for each image takes no longer than to read the image and to write y."""
-    F = len(w)
-    C = x.shape[1]
-    return _reads_own_pixel(win, x.shape[2:]) and C * F <= (C + F) * math.prod(win.out)
+    return _reads_own_pixel(win, x.shape[2:]) and (
+        w.size <= (x.shape[1] + len(w)) * math.prod(win.out))
 
 
 def _pointwise(x, w, groups):
@@ -891,12 +915,14 @@ def _pointwise(x, w, groups):
     return _product(_matrices(w, groups), u).reshape(N, len(w), *size)
 
 
-# The second: at a stride of 1, dx is a convolution of dy with the mirrored kernel.
+# The second: at a stride of 1, dx is a convolution of dy with the mirrored kernel. In section 3,
+# w = [-1 1], dy = [1 10 100] and dx = [-1 -9 -90 100]. That dx is also the convolution of
+# [0 1 10 100 0] with [1 -1].
 
 def _is_mirroring_faster(dy, w, win, size, groups):
     """Whether dx is found faster as that convolution. Its u has F * size numbers for each tap,
-    where du has C * out; to fill in a number of u takes half as long as to add one of du to dx.
-    And w must not be so large that a copy of it is too much."""
+    where du has C * out; and to fill in a number of u takes half as long as to add one of du to
+    dx. Where w has more than 16 MiB, the mirrored copy would take too much memory."""
     F = dy.shape[1]
     C = w.shape[1] * groups
     faster = F * math.prod(size) < 2 * C * math.prod(win.out)
@@ -908,13 +934,13 @@ def _mirrored(w, win, size, groups):
 
     dx[n, c, i] = sum_{f, k} w[f, c, k] * dy[n, f, i - k*dilation + before]
 
-    With kernel-1-k for k this is a convolution: of dy, with the kernel mirrored, with C and F
-    exchanged, and with (kernel-1) * dilation - before zeros in front.
+    Put kernel-1-k in place of k: this is a convolution of dy, with the kernel mirrored, with C and
+    F exchanged, and with (kernel-1) * dilation - before zeros in front.
     """
     F, channels = w.shape[:2]                           # channels of a group
     mirrored = array_module(w).flip(w, tuple(range(2, w.ndim)))
-    mirrored = mirrored.reshape(groups, F // groups, channels, *win.kernel).swapaxes(1, 2)
-    mirrored = array_module(w).ascontiguousarray(mirrored)
+    mirrored = mirrored.reshape(groups, F // groups, channels, *win.kernel)
+    mirrored = array_module(w).ascontiguousarray(mirrored.swapaxes(1, 2))   # (G, C/G, F/G, ...)
     before = tuple((k - 1) * d - p for k, d, p in zip(win.kernel, win.dilation, win.before))
     window = win._replace(before=before, out=tuple(size))
     return mirrored.reshape(channels * groups, F // groups, *win.kernel), window
@@ -935,10 +961,12 @@ def _channel_sum(x):
 
 
 # 7 THE OTHER PIECES ------------------------------------------------------------------------------
+#
+# The layers and losses that the paper's networks, or yours, need besides.
 
 @_checked(x="N C", w="F C", b="F?")
 def linear(x, w, b=None):
-    """A dense layer: y[n, f] = b[f] + sum_c x[n, c] * w[f, c], as after a global pool."""
+    """A dense layer: y[n, f] = b[f] + sum_c x[n, c] * w[f, c]."""
     return _add_bias(x @ w.T, b)
 
 
@@ -966,9 +994,9 @@ def _unfold_pool(x, win, outside):
     """What each window of a pool reads, (N, C, taps, *out), or the whole image, (N, C, pixels)."""
     if win is None:
         return _pixels(x)
-    N, C, *size = x.shape
-    u = array_module(x).full((N * C, *win.kernel, *win.out, 1), outside, x.dtype)
-    for part, read in _reads(u, x.reshape(N * C, *size, 1), _whole(win), win):
+    N, C, *size = x.shape                               # for _reads A is N * C, and B is 1
+    u = array_module(x).full((N * C, *win.kernel, 1, *win.out), outside, x.dtype)
+    for part, read in _reads(u, x.reshape(N * C, 1, *size), _whole(win), win):
         part[...] = read
     return u.reshape(N, C, math.prod(win.kernel), *win.out)
 
@@ -978,8 +1006,8 @@ def _fold_pool(du, x, win):
     if win is None:
         return du.copy().reshape(x.shape)
     N, C, *size = x.shape
-    dx = array_module(x).zeros((N * C, *size, 1), x.dtype)
-    du = du.reshape(N * C, *win.kernel, *win.out, 1)
+    dx = array_module(x).zeros((N * C, 1, *size), x.dtype)
+    du = du.reshape(N * C, *win.kernel, 1, *win.out)
     for part, read in _reads(du, dx, _whole(win), win):
         read += part
     return dx.reshape(x.shape)
@@ -998,7 +1026,9 @@ def max_pool(x, *, kernel=None, stride=None, padding=0):
 
     kernel : an integer, one per axis, or None for the whole image
     stride : as in conv; None means kernel
-    padding : as in conv, smaller than the kernel; padded pixels never win, NaN does
+    padding : as in conv, smaller than the kernel; it counts as -inf, so that it never wins
+
+    Of a window with a NaN the maximum is NaN.
     """
     win = _pool_window(x, kernel, stride, padding)
     return _unfold_pool(x, win, -math.inf).max(axis=2)
@@ -1009,7 +1039,7 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     """dx of max_pool: each window passes its dy to its first largest pixel."""
     xp = array_module(x)
     win = _pool_window(x, kernel, stride, padding)
-    # -inf becomes the lowest finite number, so that it is above what lies beyond the image
+    # a pixel of -inf must win over padding: so it becomes the lowest finite number
     u = _unfold_pool(xp.maximum(x, np.finfo(x.dtype).min), win, -math.inf)
     _need_shape(dy, (*u.shape[:2], *u.shape[3:]))
     du = xp.zeros_like(u)
@@ -1041,7 +1071,7 @@ def _statistics(x):
     """The mean and the (biased) variance of each channel."""
     count = x.size // x.shape[1]
     mean = _channel_sum(x) / count
-    mean = mean + _channel_sum(x - _over(mean, x)) / count          # corrects for rounding
+    mean = mean + _channel_sum(x - _over(mean, x)) / count          # what rounding left out
     return mean, _channel_sum((x - _over(mean, x)) ** 2) / count
 
 
@@ -1061,6 +1091,8 @@ def batch_norm(x, scale, shift, *, mean=None, var=None, eps=1e-5):
 
     mean, var : (C,) arrays to normalise by, as after training; or None for the mean and the
         (biased) variance of this batch, as in training: then the gradient runs through them
+
+    PyTorch keeps unbiased variances for later, train keeps biased ones.
     """
     xhat, _ = _normalised(x, mean, var, eps)
     return affine(xhat, scale, shift)
@@ -1068,9 +1100,15 @@ def batch_norm(x, scale, shift, *, mean=None, var=None, eps=1e-5):
 
 @_checked(dy="N C ...", x="N C ...", scale="C", shift="C", mean="C?", var="C?")
 def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
-    """With xhat = (x - mean) / sqrt(var + eps): dscale = sum dy * xhat, dshift = sum dy, and
-    dx = scale / sqrt(var + eps) * (dy - E[dy] - xhat * E[dy * xhat]), where E is the mean of a
-    channel; for given statistics only dy stands in the brackets."""
+    """With xhat = (x - mean) / sqrt(var + eps) and E[...] for the mean over a channel:
+
+    dscale = sum dy * xhat, dshift = sum dy
+    dx = scale / sqrt(var + eps) * dy                                   for a given mean and var
+    dx = scale / sqrt(var + eps) * (dy - E[dy] - xhat * E[dy * xhat])   for those of the batch
+
+    With those of the batch, adding a constant to x, or some xhat, leaves y as it is (but for eps).
+    So these two parts are taken out of dy.
+    """
     xhat, rstd = _normalised(x, mean, var, eps)
     dscale = _channel_sum(dy * xhat)
     dshift = _channel_sum(dy)
@@ -1081,12 +1119,15 @@ def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
 
 
 def _log_softmax(z):
-    """log softmax of z (N, classes), accurate also where the softmax is almost 1."""
+    """log softmax of z (N, classes), accurate also where the softmax is almost 1.
+
+    log softmax(z) = z - log sum_j exp(z[j]), and a constant may be added to all z: here the
+    largest becomes 0. Its term is 1, beside which the others might be lost: log1p adds that 1.
+    """
     xp = array_module(z)
     rows = xp.arange(len(z))
     largest = z.argmax(axis=1)
     z = z - z.max(axis=1, keepdims=True)
-    # log1p adds the largest term, which is 1: beside it all others might round to 0
     others = xp.exp(z)
     others[rows, largest] = 0
     return z - xp.log1p(others.sum(axis=1, keepdims=True))
@@ -1094,7 +1135,7 @@ def _log_softmax(z):
 
 @_checked(x="N C ...")
 def softmax(x):
-    """Softmax over everything but the batch: y[n, i] = exp(x[n, i]) / sum_j exp(x[n, j])."""
+    """Softmax over all axes but the first: y[n, i] = exp(x[n, i]) / sum_j exp(x[n, j])."""
     return array_module(x).exp(_log_softmax(_flat(x))).reshape(x.shape)
 
 
@@ -1119,7 +1160,7 @@ def _times(factor, a):
 def softmax_cross_entropy(logits, target):
     """The mean over the batch of -sum_i target[n, i] * log softmax(logits)[n, i].
 
-    Every axis but the first counts as classes: (N, 1, H, W) are H*W classes, the pixels. For
+    Every axis but the first counts as classes: for (N, 1, *size) the pixels are the classes. For
     integer labels, target = numpy.eye(classes, dtype=logits.dtype)[labels].
     """
     _need_examples(logits)
@@ -1131,6 +1172,9 @@ def softmax_cross_entropy_backward(dy, logits, target):
     """With p = softmax(logits):
     dlogits[n, i] = dy / N * (p[n, i] * sum_j target[n, j] - target[n, i])
     dtarget[n, i] = -dy / N * log p[n, i]
+
+    With others for sum_j target[n, j] - target[n, i], the brackets are p * others - (1 - p) *
+    target, which keeps its accuracy where p is almost 1.
     """
     _need_examples(logits)
     xp = array_module(logits)
@@ -1139,8 +1183,8 @@ def softmax_cross_entropy_backward(dy, logits, target):
     others = t.sum(axis=1, keepdims=True) - t
     log_p = _log_softmax(_flat(logits))
     p = xp.exp(log_p)
-    q = -xp.expm1(log_p)                                # as 1 - p might round to 0
-    dlogits = _times(others, p) - _times(t, q)          # p * (t + others) - t
+    q = -xp.expm1(log_p)                                # 1 - p, which might round to 0
+    dlogits = _times(others, p) - _times(t, q)          # p and q are NaN in a row of -inf
     return (dlogits * share).reshape(logits.shape), (log_p * -share).reshape(logits.shape)
 
 
@@ -1167,7 +1211,7 @@ def sigmoid_cross_entropy_backward(dy, logits, target):
     xp = array_module(logits)
     share = _loss_dy(dy) / logits.size
     p = xp.exp(-_softplus(-logits))
-    q = xp.exp(-_softplus(logits))                      # as 1 - p might round to 0
+    q = xp.exp(-_softplus(logits))                      # 1 - p, which might round to 0
     return ((1 - target) * p - target * q) * share, logits * -share
 
 
@@ -1188,18 +1232,17 @@ def mean_squared_error_backward(dy, y, target):
 
 # 8 THE PAPER'S COORDCONV NETWORKS ----------------------------------------------------------------
 #
-# A model is a list of layers for forward; width, where it has one, multiplies hidden filters. rng
-# is a numpy.random.Generator, a seed or None. Weights are drawn on the host, so that a CPU and a
-# GPU start from the same bits. The paper's networks without coordinates are in bench.py, which
-# stands beside this file in its repository.
+# Each function returns a network, a list of Layers. width multiplies the number of filters between
+# its input and output. rng is a numpy.random.Generator, a seed or None. Weights are drawn on the
+# host, so that a CPU and a GPU start from the same bits. The paper's networks without coordinates
+# are in bench.py, which stands beside this file in its repository.
 
 @_checked()
 def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
     """Weights from a normal distribution cut off at two sigma, with variance 2 / fan_in.
 
-    fan_in = prod(shape[1:]), the number of inputs of one filter; the paper's code takes the same
-    product for the weights (C, F, *kernel) of a transposed convolution. The cut shrinks the
-    standard deviation to 0.8796 of what it was, which is made up for, as in TensorFlow.
+    fan_in = prod(shape[1:]), the number of inputs of one filter. The cut shrinks the standard
+    deviation to 0.8796 of what it was, which is made up for, as in TensorFlow.
     """
     w = rng.standard_normal(shape)
     outside = abs(w) > 2
@@ -1227,19 +1270,19 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
     start : "he", the paper's, or "relative", which is coordref's own: the first layer's weights
         for the coordinate that comes in are from U(-1, 1), those for the coordinate channels are
         their negatives, and its biases are from U(-0.5, 0.5). So it starts from the differences
-        between that coordinate and each pixel's. The untrained network is translation-equivariant
-        then, which the paper's is not, and has yet to learn where to peak: its accuracy is near 0.
-        The weights of the last layer, which no rectifier follows, have the variance 1 / fan_in.
+        between that coordinate and each pixel's: as long as it is untrained, another coordinate
+        only moves the image. With this start the weights of the last layer, which no rectifier
+        follows, have the variance 1 / fan_in.
     """
     K = len(size)
-    one = (1,) * K
+    pixel = (1,) * K
     filters = [32 * width, 32 * width, 64 * width, 64 * width, 1]
-    layer = functools.partial(_conv_layer, kernel=one, rng=rng, dtype=dtype, xp=xp)
+    layer = functools.partial(_conv_layer, kernel=pixel, rng=rng, dtype=dtype, xp=xp)
     net = [layer(2 * K, filters[0], op=coord_conv, size=size)]
     for C, F in itertools.pairwise(filters):
         net += [Layer(relu), layer(C, F)]
     if start == "relative":
-        w = rng.uniform(-1, 1, (filters[0], K, *one))
+        w = rng.uniform(-1, 1, (filters[0], K, *pixel))
         b = rng.uniform(-0.5, 0.5, filters[0])
         net[0].params[0] = xp.asarray(np.concatenate([w, -w], axis=1).astype(dtype))
         net[0].params[1] = xp.asarray(b.astype(dtype))
@@ -1254,16 +1297,17 @@ def coordconv_renderer(*, start="he", size=(64, 64), kernel=3, width=1, rng=None
     square (N, 1, *size).
 
     coordconv_painter, a softmax over the pixels, then five convolutions with 8, 8, 16, 16 and 1
-    filters and rectifiers between them; width is for these. 11,850 parameters by default.
+    filters and rectifiers between them. width multiplies these filters, not the painter's. 11,850
+    parameters by default.
     """
     net = coordconv_painter(start=start, size=size, rng=rng, dtype=dtype, xp=xp)
-    net += [Layer(softmax)]
     layer = functools.partial(_conv_layer, kernel=(kernel,) * len(size), padding="same", rng=rng,
                               dtype=dtype, xp=xp)
-    filters = [1, 8 * width, 8 * width, 16 * width, 16 * width, 1]
+    filters = [8 * width, 8 * width, 16 * width, 16 * width, 1]
+    net += [Layer(softmax), layer(1, filters[0])]
     for C, F in itertools.pairwise(filters):
-        net += [layer(C, F), Layer(relu)]
-    return net[:-1]
+        net += [Layer(relu), layer(C, F)]
+    return net
 
 
 @_checked()
@@ -1276,19 +1320,19 @@ def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
     the network is linear up to its maximum.
     """
     K = len(size)
-    one = (1,) * K
-    three = (3,) * K
+    pixel = (1,) * K
+    square = (3,) * K
     layer = functools.partial(_conv_layer, rng=rng, dtype=dtype, xp=xp)
-    return [layer(1 + K, 8, one, op=coord_conv), layer(8, 8, one), layer(8, 8, one),
-            layer(8, 8, three, padding="same"), layer(8, K, three, padding="same"),
+    return [layer(1 + K, 8, pixel, op=coord_conv), layer(8, 8, pixel), layer(8, 8, pixel),
+            layer(8, 8, square, padding="same"), layer(8, K, square, padding="same"),
             Layer(max_pool)]
 
 
 # 9 DATA AND TRAINING -----------------------------------------------------------------------------
 
 class Examples(collections.namedtuple("Examples", "x target coords")):
-    """M examples: what a network gets, x, what it should give, target, and the integer positions
-    that both were made from, coords (M, 2), which are always a NumPy array."""
+    """M examples: what a network gets, x, what it should give, target, and the positions that both
+    were made from, coords (M, 2), which are integers in a NumPy array."""
 
 
 @_checked()
@@ -1301,11 +1345,11 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
         2368 train and 768 test (the paper says 80/20). "quadrant" tests the positions beyond the
         middle of both axes, row > canvas/2 and col > canvas/2: 2407 train and 729 test.
     task : "classification": from a coordinate (M, 2, 1, 1) to the image of its pixel
-        (M, 1, canvas, canvas); "rendering": to the square around it; "regression": from the image
-        of a pixel to its coordinate (M, 2), divided by canvas
-    scale : "unit", where coordinates that go in run from -1 to 1 and those that come out are
-        divided by canvas; or "pixel", where both are in pixels. The paper's code has pixels go in,
-        and divides what comes out.
+        (M, 1, canvas, canvas); "rendering": to the square around it, of ones, in the paper's code
+        of 128/255; "regression": from the image of a pixel to its coordinate (M, 2)
+    scale : "unit": a coordinate that a network gets runs from -1 to 1, one that it should give is
+        divided by canvas; "pixel": both are in pixels. The paper's code has pixels for the first
+        and divides the second.
 
     >>> train, test = not_so_clevr("quadrant")
     >>> train.x.shape, test.target.shape
@@ -1325,7 +1369,8 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     def examples(coords):
         reach = half if task == "rendering" else 0
         near = abs(np.arange(canvas) - coords[:, :, None]) <= reach         # (M, 2, canvas)
-        rows, cols = near[:, :1, :, None], near[:, 1:, None, :]
+        rows = near[:, :1, :, None]                     # (M, 1, canvas, 1)
+        cols = near[:, 1:, None, :]                     # (M, 1, 1, canvas)
         image = (rows & cols).astype(dtype)             # (M, 1, canvas, canvas)
         if task == "regression":
             x = image
@@ -1366,7 +1411,7 @@ class State(collections.namedtuple("State", "net m v step seed loss")):
     m, v : Adam's moments, a list with an array for each parameter
     step : the steps done
     seed : sets the order of the examples, in epoch e default_rng([seed, e]).permutation
-    loss : of the last batch, NaN before the first
+    loss : of the last batch, with what l2 adds; NaN before the first
     """
 
 
@@ -1391,9 +1436,9 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
     state.step + 1 to step number steps, counted from the beginning of the training.
 
     x, target : arrays with an entry for each example along their first axis
-    loss : a function of the network's output and the target: softmax_cross_entropy,
-        sigmoid_cross_entropy, mean_squared_error, or a mean over the examples of your own, with
-        its gradient beside it
+    loss : a function of the network's output and the target, a mean over the examples:
+        softmax_cross_entropy, sigmoid_cross_entropy, mean_squared_error, or one of yours, with its
+        gradient beside it
     l2 : l2 * sum(w^2) is added to the loss, over all weights with more than one axis
     learning_rate : a number, or a function of the number of steps done, such as
         lambda step: 0.01 * (1 - step / 60)
@@ -1402,8 +1447,8 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
     comm : processes that share the work, as mpi4py's COMM_WORLD: rank, size and allgather. All
         must begin with the same State, else ValueError
 
-    Examples go through the network four at a time (more where a batch has 80 or more, and on a
-    GPU), and the gradients of these shards are always added in the same order. So the States do
+    A batch goes through the network in shards of a sixteenth, but of at least four examples (64 on
+    a GPU), and the gradients of the shards are always added in the same order. So the States do
     not depend, to the last bit, on the number of workers or processes, nor on whether training was
     interrupted and resumed from a saved State. A network with batch_norm takes a batch whole, so
     workers do not help; a mean and a variance that its layer is given become 0.9 of the old plus
@@ -1432,9 +1477,9 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
                 size = len(batch) if whole else max(_shard(xp), len(batch) // 16)
                 work = functools.partial(_gradients, state.net, loss, x, target, len(batch))
                 rate = learning_rate(step) if callable(learning_rate) else learning_rate
-                with np.errstate(under="ignore"):       # _checked has returned long before this
-                    # the sum over the shards, in their order, of each array that work lists
-                    sums = [_as_array(sum(a)) for a in zip(*run(work, _cut(batch, size)))]
+                with np.errstate(under="ignore"):       # as in _checked, which has returned by now
+                    by_shard = run(work, _cut(batch, size))         # a list of arrays for each
+                    sums = [_as_array(sum(arrays)) for arrays in zip(*by_shard)]
                     state = _next_state(state, sums, adam, rate, l2)
                 yield state
 
@@ -1444,7 +1489,7 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
 
 def _keep_freed_memory():
     """Almost 32 MiB, allocated and freed at once: from then on glibc keeps freed memory up to this
-    size instead of returning it to the system. A fifth off the time of a step, 2026-12-01."""
+    size instead of returning it to the system, which would take a fifth of the time of a step."""
     np.empty(2 ** 25 - 2 ** 16, np.uint8)
 
 
@@ -1456,12 +1501,14 @@ def _gradients(net, loss, x, target, count, index):
     net = [layer._replace(options=layer.options | {"mean": None, "var": None})
            if layer.op is batch_norm else layer for layer in net]
     target = target[index]
-    share = len(index) / count                          # a loss is a mean over its examples
+    # means over shards, times their shares, add up to the mean over the batch
+    share = len(index) / count
     y, inputs = forward(net, x[index])
     value = array_module(y).asarray(loss(y, target) * share)
-    dy, _ = _gradient(loss)(share, y, target)           # the upstream gradient is that share
+    dy, _ = _gradient(loss)(share, y, target)           # share is the upstream gradient
     _, by_layer = backward(net, dy, inputs)
     grads = [dp for layer in by_layer for dp in layer if dp is not None]
+    # not to be added up: with a batch_norm the one shard is the batch
     statistics = [a for layer, given in zip(net, inputs) if layer.op is batch_norm
                   for a in _statistics(given)]
     return [value, *grads, *statistics]
@@ -1500,8 +1547,8 @@ def _next_state(state, sums, adam, learning_rate, l2):
 
 
 def _shard(xp):
-    """How many examples go through a network together: on a CPU they stay in a cache, a GPU gets
-    more, as each call costs it more; by how much is a guess, not measured."""
+    """How many examples go through a network together, at least. Few stay in a CPU's cache; each
+    call costs a GPU more, and how many it should get was not measured."""
     return 4 if xp is np else 64
 
 
@@ -1522,6 +1569,7 @@ def _team(workers, comm, xp):
             if comm is None:
                 return results
             everyone = comm.allgather([[to_numpy(a) for a in arrays] for arrays in results])
+            # item i went to process i % size, as the one with number i // size there
             in_order = [everyone[i % comm.size][i // comm.size] for i in range(len(items))]
             return [[xp.asarray(a) for a in arrays] for arrays in in_order]
         yield run
@@ -1572,8 +1620,9 @@ def evaluate(net, x, target, *, score=accuracy, workers=1):
         _need(y.shape == wanted.shape, f"the network's output must have the target's shape, "
               f"{wanted.shape}, got {y.shape}")
         found = score(y, wanted)
-        _need(getattr(found, "shape", None) == (len(wanted),), f"score must return an array of "
-              f"{len(wanted)} numbers, one for each example, got {_shown(found)}")
+        if getattr(found, "shape", None) != (len(wanted),):
+            raise _Refused(f"score must return an array of {len(wanted)} numbers, one for each "
+                           f"example, got {_shown(found)}")
         return [found]
     with _team(workers, None, xp) as run:
         scores = run(part, _cut(xp.arange(len(x)), len(x) if whole else _shard(xp)))
@@ -1656,7 +1705,7 @@ def load(path, like):
 
     def leaf(name, a):
         names.append(name)
-        _need(name in found, f"{path} has no {name}, which like has")
+        _need(name in found, f"{path} has nothing for like{name}")
         got = found[name]
         if _is_array(a):
             fits = isinstance(got, np.ndarray) and (got.dtype, got.shape) == (a.dtype, a.shape)
@@ -1665,7 +1714,7 @@ def load(path, like):
         else:
             fits = type(got) is type(np.asarray(a).item())
         if not fits:
-            raise _Refused(f"{name} in {path} is {_told(got)}, expected {_told(a)}")
+            raise _Refused(f"like{name} is {_told(a)}, but in {path} it is {_told(got)}")
         return array_module(a).asarray(got) if _is_array(a) else type(a)(got)
     value = _map_leaves(leaf, "like", like)
     more = sorted(found.keys() - set(names))
@@ -1707,8 +1756,10 @@ def best_module():
     return np
 
 
+@_checked()
 def to_numpy(a):
     """The array on the host: a itself if it is a NumPy array, else a copy of the CuPy array."""
+    _need(_is_array(a), f"a must be a NumPy or CuPy array, got a {type(a).__name__}", TypeError)
     return a if array_module(a) is np else a.get()
 
 
@@ -1773,9 +1824,7 @@ def _arguments(f, shapes, args, options):
     return given
 
 
-# The shapes of _checked: "N C *size" are two axes and then one or more, "N ..." is one and then
-# any number, "1" an axis of length 1. A trailing "?" is for an array that may be None. A name
-# stands for the same lengths throughout a call, and every * for the same number of axes, the rank.
+# The shapes of _checked are explained at the head of the file. "1" is an axis of length 1.
 
 def _rank(arrays, axes):
     """Check that each array has as many axes as its shape. Returns the rank, None without a *."""
@@ -1800,10 +1849,10 @@ def _check_shapes(arrays, axes, rank, given):
         *named, last = axes[name]
         parts = [(n,) for n in a.shape[:len(named)]] + [a.shape[len(named):]]
         for axis, part in zip(axes[name], parts):
-            letter, part, where = _solved(axis, part, rank, given)
+            letter, here, where = _solved(axis, part, rank, given)
             # the first array with this name says what it stands for, the others must agree
-            known = lengths.setdefault(letter, part)
-            if known != part:
+            known = lengths.setdefault(letter, here)
+            if known != here:
                 if letter in ("C", "F"):
                     kind = "channels" if letter == "C" else "filters"
                     where = f"{letter} = {known[0]} {kind}, {where}"
@@ -1839,10 +1888,13 @@ def _same(arrays):
                            f"{_shown(a)}", TypeError)
         if a.dtype not in (np.float32, np.float64):
             raise _Refused(f"{name} must be float32 or float64, got {a.dtype}; astype converts, "
-                           "and numpy.eye(classes)[labels] makes a target of labels", TypeError)
-    if len({a.dtype for a in arrays.values()}) > 1:
-        raise _Refused("arrays must share a dtype (astype converts), got " + ", ".join(
-            f"{name} {a.dtype}" for name, a in arrays.items()), TypeError)
+                           "and numpy.eye(classes, dtype=...)[labels] makes a target of labels",
+                           TypeError)
+    if len({(isinstance(a, np.ndarray), a.dtype) for a in arrays.values()}) > 1:
+        raise _Refused("arrays must share a module (cupy.asarray and to_numpy move them) and a "
+                       "dtype (astype converts), got " + ", ".join(
+                           f"{name} {array_module(a).__name__} {a.dtype}"
+                           for name, a in arrays.items()), TypeError)
     return array_module(*arrays.values())
 
 
@@ -1869,7 +1921,7 @@ def _integers(low, one_for_all=True):
             each = (value,) * rank
         if not isinstance(each, (tuple, list)):
             raise _Refused(f"{name} must be a tuple of integers, got {_shown(value)}", TypeError)
-        if not each or len(each) != (len(each) if rank is None else rank):
+        if not each or rank is not None and len(each) != rank:
             raise _Refused(f"{name} must have an entry for each of {rank or 'one or more'} axes, "
                            f"got {_shown(value)}")
         return tuple(_integer(low)(name, v, rank) for v in each)
