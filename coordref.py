@@ -764,8 +764,10 @@ def _blocks(x, y, win):
     images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
     if on_cpu:
         # Large images come one by one: for a single tap u is then a view of x. Small ones share a
-        # block, of which u is small: 64 images of 12x12 took four times as long one by one.
-        images = 1 if pixels > 1024 else max(min(images, _BLOCK // 4 // (rows * pixels)), 1)
+        # small block: 64 of 12x12 took four times as long one by one. It has up to 4096 columns,
+        # since a product may add them up in turn, with a rounding each.
+        columns = min(_BLOCK // 4 // rows, 4096)
+        images = 1 if pixels > 1024 else max(min(images, columns // pixels), 1)
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
             for n, step in zip((len(x), *win.out), (images, *steps))]
     return itertools.product(*cuts)
@@ -1329,6 +1331,9 @@ def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
 
 
 # 9 DATA AND TRAINING -----------------------------------------------------------------------------
+#
+# In this order: the paper's data, Adam, the State of a training, train and its parts, scores of
+# outputs, and evaluate.
 
 class Examples(collections.namedtuple("Examples", "x target coords")):
     """M examples: what a network gets, x, what it should give, target, and the positions that both
@@ -1630,6 +1635,9 @@ def evaluate(net, x, target, *, score=accuracy, workers=1):
 
 
 # 10 FILES, MODULES AND CHECKS --------------------------------------------------------------------
+#
+# In this order: save and load, the modules of arrays, errors, the checks that _checked makes, of
+# shapes and of options, and then small helpers of the sections before.
 
 def _map_leaves(f, argument, value, name=""):
     """A copy of value, a nest of lists, tuples and dicts, with each leaf (an array, a number or a
@@ -1772,6 +1780,8 @@ class _Refused(Exception):
 
 
 def _need(condition, message, kind=ValueError):
+    """Raise _Refused unless the condition holds. Where _shown makes the message, an if saves time.
+    """
     if not condition:
         raise _Refused(message, kind)
 
@@ -1817,6 +1827,7 @@ def _arguments(f, shapes, args, options):
     for name, value in given.items():
         # not in shapes: scale is an option of coord_channels, but an array of affine
         if name in _OPTIONS and name not in shapes:
+            # None is left as it is, but of rng it makes a Generator
             may_be_none = name in defaults and defaults[name] is None
             if name == "rng" or not (may_be_none and value is None):
                 given[name] = _OPTIONS[name](name, value, rank)
