@@ -350,10 +350,10 @@ def _halves(totals):
 
 # The three products, block by block. What they call stands in section 6:
 #
-#   _blocks(x, y, win)            cuts the output into blocks
-#   _unfold(x, block, ...)        the columns of u for a block, (G, rows, columns)
-#   _fold(du, dx, block, ...)     adds such columns to the pixels of dx
-#   _columns(y, block, ...)       the columns of y for a block, (G, F/G, columns)
+#   _blocks(x, y, win)            yields blocks, each a slice of the images and of each axis of y
+#   _unfold(x, y, win, groups)    yields the blocks and their columns of u, (G, rows, columns)
+#   _fold(du, dx, block, win)     adds such columns to the pixels of dx
+#   _columns(y, block, groups)    the columns of y for a block, (G, F/G, columns)
 #   _set_columns(y, block, ...)   writes them
 #   _matrices(w, groups)          w as a stack of matrices, (G, F/G, rows): w.T is w.swapaxes(1, 2)
 #   _product, _add_product        a @ b, and total += a @ b
@@ -366,8 +366,7 @@ def _correlate(x, w, win, groups=1):
         return _pointwise(x, w, groups)
     y = array_module(x).empty((len(x), len(w), *win.out), x.dtype)
     w = _matrices(w, groups)                            # (G, F/G, rows of u)
-    for block in _blocks(x, y, win):
-        u = _unfold(x, block, win, groups)              # (G, rows, columns of the block)
+    for block, u in _unfold(x, y, win, groups):         # u is (G, rows, columns of the block)
         _set_columns(y, block, _product(w, u))
     return y
 
@@ -377,8 +376,7 @@ def _correlate_dw(dy, x, win, groups=1):
     shape = (dy.shape[1], x.shape[1] // groups, *win.kernel)
     dw = array_module(x).zeros(shape, x.dtype)
     total = _matrices(dw, groups)                       # a view of dw
-    for block in _blocks(x, dy, win):
-        u = _unfold(x, block, win, groups)
+    for block, u in _unfold(x, dy, win, groups):
         _add_product(total, _columns(dy, block, groups), u.swapaxes(1, 2))      # += dy @ u.T
     return dw
 
@@ -590,7 +588,10 @@ def relu(x):
 @_checked(dy="...", x="...")
 def relu_backward(dy, x):
     """dx = dy where x > 0, else 0."""
-    return array_module(x).where(x > 0, dy, dy.dtype.type(0))
+    # The bits of dy, as integers, times 1 or 0. where() takes ten times as long, as it branches;
+    # and dy * (x > 0) would be NaN for an infinite dy.
+    bits = dy.view(f"i{dy.itemsize}")
+    return (bits * (x > 0)).view(dy.dtype)
 
 
 @_checked(x="N C *size")
@@ -855,17 +856,29 @@ def _shape_of_u(x, block, win):
     return (len(x), *win.kernel, x.shape[1], *(o.stop - o.start for o in out))
 
 
-def _unfold(x, block, win, groups):
-    """The columns of u for a block, (G, rows, columns)."""
-    if _reads_own_pixel(win, x.shape[2:]):
-        return _columns(x, block, groups)
-    images, *out = block
-    x = x[images].swapaxes(0, 1)                        # (C, images, *size)
-    u = array_module(x).zeros(_shape_of_u(x, block, win), x.dtype)
-    for part, read in _reads(u, x, out, win):
-        part[...] = read
-    rows = len(x) // groups * math.prod(win.kernel)
-    return u.reshape(groups, rows, math.prod(u.shape[1 + len(out):]))
+def _unfold(x, y, win, groups):
+    """Yields each block of the output y and its columns of u, (G, rows, columns). All blocks share
+    the memory of the first, which is the largest: new memory for each took up to three times as
+    long as all the rest."""
+    memory = None
+    zeroed = None
+    for block in _blocks(x, y, win):
+        if _reads_own_pixel(win, x.shape[2:]):
+            yield block, _columns(x, block, groups)
+            continue
+        images, *out = block
+        part_of_x = x[images].swapaxes(0, 1)            # (C, images, *size)
+        shape = _shape_of_u(part_of_x, block, win)
+        if memory is None:
+            memory = array_module(x).empty(math.prod(shape), x.dtype)
+        u = memory[:math.prod(shape)].reshape(shape)
+        if zeroed != (shape, out):                      # else the zeros of the last block serve
+            u[...] = 0
+            zeroed = (shape, out)
+        for part, read in _reads(u, part_of_x, out, win):
+            part[...] = read
+        rows = x.shape[1] // groups * math.prod(win.kernel)
+        yield block, u.reshape(groups, rows, math.prod(shape[1 + len(out):]))
 
 
 def _fold(du, dx, block, win):
