@@ -20,13 +20,13 @@ Notation:
 N images, C channels in, F filters (channels out), K coordinate channels, G groups; *size, *kernel
 and *out stand for the spatial axes, one or more. Images are (N, C, *size): (8, 3, 32, 48) are 8
 images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel), as a filter sees the
-channels of its group, which are all where G is 1. x is an input, y an output, w weights, b a bias.
-dx, dw and db are the gradients of the loss with respect to x, w and b, and so for any name.
-Positions are (row, col). The rank is the number of spatial axes. xp is numpy or cupy, the module
-of the arrays.
+channels of its group: all of them if G is 1. x is an input, y an output, w weights, b a bias. dx,
+dw and db are the gradients of the loss with respect to x, w and b, and so for any name. Positions
+are (row, col). The rank is the number of spatial axes. xp is numpy or cupy, the module of the
+arrays; array_module(x) finds it.
 
-Private helpers stand in sections 6 and 10, after their use; the first use says what one does. A
-name that begins with _need is a check, and raises an error unless it holds.
+Some private helpers stand in sections 6 and 10, after their use. A name that begins with _need is
+a check, and raises an error unless it holds.
 
 Conventions:
 "Convolution" is cross-correlation, as in PyTorch: the kernel is not flipped. Coordinate channels
@@ -45,13 +45,14 @@ none, the docstring does:
 
     *size *kernel *out      one or more axes, the same number in all of them
     ...                     any number of axes
-    C/G                     C divided by G
+    1                       an axis of length 1
     C+K                     C plus the number of coordinate channels
     F?                      the array may be None
 
-Equal names are equal lengths, throughout a call. The other arguments are checked too, and brought
-to one form before the function sees them: for images of rank 2 a stride of 2 becomes (2, 2), and a
-padding of 1 becomes ((1, 1), (1, 1)). An error tells what was wanted and what came:
+Equal names are equal lengths, throughout a call. The other arguments are checked by their names,
+in a table near the end of the file, _OPTIONS, and brought to one form before the function sees
+them: for images of rank 2 a stride of 2 becomes (2, 2), and a padding of 1 becomes ((1, 1),
+(1, 1)). An error tells what was wanted and what came:
 
     conv: w must be (F, C/G, *kernel), where C = 3 channels, G = groups = 1, got x.shape=...
 
@@ -67,9 +68,8 @@ Example:
 
 Differences:
 The paper's code has the channels (col, row, radius), and divides each axis by the length of the
-other; its squares are of 128/255, here of ones. PyTorch pads an image by as much before as after,
-and has no "same" with a stride; both are possible here. More stands at coord_channels, softmax,
-batch_norm and not_so_clevr.
+other. PyTorch takes no padding in pairs, before and after, and no stride with "same"; here both
+work. Other differences stand at batch_norm and not_so_clevr.
 
 References:
 Liu, Lehman, Molino, et al. An intriguing failing of convolutional neural networks and the
@@ -126,7 +126,7 @@ def _checked(**shapes):
             try:
                 with np.errstate(under="ignore"):       # exp(-1000) is 0, whatever the caller set
                     y = f(**_arguments(f, shapes, args, options))
-                # NumPy makes scalars of arrays without axes, such as losses: they become arrays
+                # NumPy makes a scalar of an array without axes, such as a loss: back to an array
                 return _as_array(y) if shapes else y
             except _Refused as refused:
                 raise refused.kind(f"{f.__name__}: {refused}") from None
@@ -146,7 +146,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_exact((n,), dtype)                            # float32 tells 2^24 pixels apart, not more
+    _need_exact((n,), dtype)                            # float32 has numbers for 2^24 pixels
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -205,12 +205,12 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 
 # 2 THE CRITIC'S ANSWER ---------------------------------------------------------------------------
 #
-# This section has two formulas, which section 5 wires as networks, and two functions, decode and
-# encode, which find the same results by a shorter way.
+# Here are two formulas, which section 5 wires as networks, and two functions, decode and encode,
+# which find the same results by a shorter way.
 #
 # Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis after the
-# other. Let X hold each pixel's coordinate along this axis, 0 to W - 1, and let p be the hot
-# pixel's. The critic reads p off the image as
+# other. Let W be its length, let X hold each pixel's coordinate along it, from 0 to W - 1, and let
+# p be the hot pixel's. The critic reads p off the image as
 #
 #   p = W - sum_pixels relu(W * A - X)                          where relu(x) = max(x, 0)
 #
@@ -222,21 +222,21 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   W * A - X      0   3  -2  -3
 #   relu           0   3   0   0        the sum is 3, and 4 - 3 = 1
 #
-# The other way round is coordref's addition. From the coordinates p to their image, the pixel
-# whose coordinates are i becomes
+# The critic gave only this direction. Here is the other: in the image of the coordinates p_a, one
+# for each axis a, the pixel with the coordinates i_a is
 #
-#   relu(1 - sum_axes |i - p|)
+#   relu(1 - sum_a |i_a - p_a|)
 #
-# That is 1 at i = p and 0 elsewhere, since coordinates are whole numbers. On one axis, with the
-# same W and p:
+# That is 1 at the pixel p and 0 elsewhere, since coordinates are whole numbers. On one axis, with
+# the same W and p:
 #
 #   i              0   1   2   3
 #   |i - p|        1   0   1   2
 #   1 - |i - p|    0   1   0  -1
 #   relu           0   1   0   0
 #
-# Neither direction needs training. The shorter way: decode looks for the hot pixel, since no other
-# counts in the sum, and encode sets it.
+# The shorter way: decode looks for the hot pixel, since no other counts in the sum, and encode
+# sets it.
 
 @_checked(image="N 1 *size")
 def decode(image):
@@ -252,7 +252,8 @@ def decode(image):
     xp = array_module(image)
     size = image.shape[2:]
     _need_exact(size, image.dtype)
-    hot = _hot_pixels(_flat(image))                     # _flat: (N, pixels); hot: (N,), an index
+    # _flat makes it (N, pixels); hot (N,) is the index of the 1 among them
+    hot = _hot_pixels(_flat(image))
     return xp.stack(xp.unravel_index(hot, size), axis=1).astype(image.dtype)
 
 
@@ -264,7 +265,7 @@ def encode(coords, size, *, dtype=np.float32):
     >>> encode(np.array([[1]]), (3,)).tolist()
     [[[0.0, 1.0, 0.0]]]
     """
-    at = _positions(coords, size)
+    at = _positions(coords, size)                       # integers, checked to lie in the image
     xp = array_module(at)
     y = xp.zeros((len(at), 1, *size), dtype)
     y[xp.arange(len(at)), 0, *at.T] = 1                 # y[n, 0, row, col] for each n
@@ -314,16 +315,16 @@ def encode(coords, size, *, dtype=np.float32):
 #                                                [ 1  10  100]  to the pixels 1 to 3
 #   dx = fold(du)                           dx = [-1, 1 - 10, 10 - 100, 100] = [-1 -9 -90 100]
 #
-# u repeats a pixel for every tap that reads it and may be many times as large as x. So it is never
-# made as a whole: blocks of output pixels take turns, and each makes its own columns of u. All
-# this is written for one group. With G groups, the filters of a group see the channels of that
+# u repeats a pixel for every tap that reads it and may be many times as large as x. So it is made
+# block by block: some output pixels at a time, which may be all of them, and their columns of u.
+# All this is written for one group. With G groups, the filters of a group see the channels of that
 # group alone, and w, u and y are stacks of G such matrices:
 #
 #   y (G, F/G, columns) = w (G, F/G, C/G * taps) @ u (G, C/G * taps, columns)
 
-# How a kernel moves over an image: five tuples with an entry for each spatial axis. They hold the
-# number of taps, the stride, the dilation, the number of zeros in front of the image and that of
-# output pixels. How many zeros come after the image follows from these.
+# How a kernel moves over an image: five tuples with an entry for each spatial axis. kernel holds
+# numbers of taps, before those of zeros in front of the image, out those of output pixels, at
+# which a kernel stops. So nothing need say how many zeros come after the image.
 _Window = collections.namedtuple("_Window", "kernel stride dilation before out")
 
 
@@ -332,8 +333,8 @@ def _window(size, kernel, stride, padding, dilation):
     after) pair for each axis."""
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]         # from first to last tap
     if padding == "same":
-        # size / stride outputs, rounded up, and just so much padding that the last one fits. At
-        # the right: for 6 pixels, a stride of 2 and a span of 3.
+        # size / stride outputs, rounded up, and just so much padding that the last one fits. The
+        # comments beside the lines are for 6 pixels, a stride of 2 and a span of 3.
         wanted = [-(-length // s) for length, s in zip(size, stride)]               # 3 outputs
         needed = [(m - 1) * s + span for m, s, span in zip(wanted, stride, spans)]  # 7 pixels
         padding = _halves(max(n - length, 0) for n, length in zip(needed, size))    # (0, 1)
@@ -362,7 +363,7 @@ def _halves(totals):
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
-    if _is_pointwise(x, w, win):                        # a shortcut: here u is x itself
+    if _is_pointwise(x, w, win):                        # here u is x itself
         return _pointwise(x, w, groups)
     y = array_module(x).empty((len(x), len(w), *win.out), x.dtype)
     w = _matrices(w, groups)                            # (G, F/G, rows of u)
@@ -383,7 +384,7 @@ def _correlate_dw(dy, x, win, groups=1):
 
 def _correlate_dx(dy, w, win, size, groups=1):
     """dx = fold(w.T @ dy), (N, C, *size)."""
-    if _is_mirroring_faster(dy, w, win, size, groups):  # a shortcut: dx as a convolution of dy
+    if _is_mirroring_faster(dy, w, win, size, groups):  # dx as a convolution of dy
         mirrored, window = _mirrored(w, win, size, groups)
         return _correlate(dy, mirrored, window, groups)
     dx = array_module(dy).zeros((len(dy), w.shape[1] * groups, *size), dy.dtype)
@@ -397,7 +398,7 @@ def _correlate_dx(dy, w, win, size, groups=1):
 def _add_bias(y, b):
     """y + b[f] for each filter f; it is written to y."""
     if b is not None:
-        y += _over(b, y)                                # _over: (F, 1, ...), so that it meets y
+        y += _over(b, y)                                # _over makes it (F, 1, ...)
     return y
 
 
@@ -435,25 +436,26 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
     _need_shape(dy, (len(x), len(w), *win.out))
     dx = _correlate_dx(dy, w, win, x.shape[2:], groups)
     dw = _correlate_dw(dy, x, win, groups)
-    return dx, dw, None if b is None else _channel_sum(dy)
+    return dx, dw, None if b is None else _channel_sum(dy)          # over all axes but the filters
 
 
 # A transposed convolution is the step from dy to dx, used as a layer. It makes images larger: each
 # pixel of x paints the whole kernel, times its value, at a distance of stride pixels from the
-# next. That is how the paper's network without coordinates draws, doubling from one pixel to
-# 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
+# next. So the paper's network without coordinates draws, in six doublings from one pixel to 64x64.
+# For x = [1 10], w = [1 2 3] and a stride of 2:
 #
 #   1 * w          1   2   3
 #   10 * w                10  20  30
 #   y              1   2  13  20  30
 #
-# So there is a convolution from y back to x, and conv_transpose is its dx. That convolution's
-# window is used, where win.out is the size of x, and the arrays stand for
+# Back from y to x leads a convolution with the same w, whose dx this is. So that convolution's
+# window serves, where win.out is the size of x, and x and y are what its dy and dx are. The two
+# count channels the other way round, so that C here is F there:
 #
-#   here           x              y              w (C, F/G, *kernel)
-#   there          dy, F is C     dx, C is F     w (F, C/G, *kernel)
+#   conv_transpose           x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
+#   that convolution         dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
 #
-# Of what is painted, padding cuts off pixels before and after.
+# Of what is painted, padding cuts off pixels before and after: the zeros of that convolution.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
     """The window of the convolution from y to x, and the size of y."""
@@ -466,8 +468,8 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
             for n, s, k, d, extra in zip(size, stride, kernel, dilation, output_padding)]
     if padding == "same":
         # y is to have size * stride pixels, so the surplus is cut off, half of it on either side.
-        # Too little is painted where the kernel is smaller than the stride: with 1 tap and a
-        # stride of 3, two pixels paint [1 0 0 10] of 6. The surplus is -2: two zeros come after.
+        # There may be too few: x = [1 10] with a single tap and a stride of 3 paints [1 0 0 10],
+        # and 6 pixels are wanted. Then the surplus is -2, and two zeros come after.
         surplus = [p - n * s for p, n, s in zip(full, size, stride)]
         padding = [(0, p) if p < 0 else pair for p, pair in zip(surplus, _halves(surplus))]
     y_size = tuple(p - before - after for p, (before, after) in zip(full, padding))
@@ -483,12 +485,12 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
                         over those o and k for which o*stride + k*dilation - before = i
     out = (size-1)*stride + (kernel-1)*dilation + 1 + output_padding - before - after
 
-    w is (C, F/G, *kernel): the channels of x come first.
+    w : the channels of x come first
     stride, padding, dilation, groups : as in conv, but "same" gives an output of size * stride
-    output_padding : an integer, or one per axis, below the larger of stride and dilation: so many
-        pixels more at the end of y. With 3 taps and a stride of 2, conv makes 2 pixels of 5 and
-        of 6; so conv_transpose makes 5 of 2, or 6 with an output_padding of 1. With "same" it
-        counts as painted before the surplus is cut off.
+    output_padding : an integer, or one per axis, below the larger of stride and dilation, as in
+        PyTorch: so many pixels more at the end of y. With 3 taps and a stride of 2, conv makes 2
+        pixels of 5 and of 6; so conv_transpose makes 5 of 2, or 6 with an output_padding of 1.
+        With "same" y keeps its size, and the surplus that is cut off is larger.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -516,13 +518,13 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
 #
 #   conv(add_coords(x), w, b) = conv(x, w[:, :C]) + conv(coords, w[:, C:], b)
 #
-# The second part is the same for every image and computed once per call. So CoordConv adds to a
-# convolution a bias that depends on the position, and the coordinates' weights decide how. Where
-# the kernel reaches beyond the image, coordinates count as 0 there, as pixels do.
+# The second part is the same for every image. So CoordConv adds to a convolution a bias that
+# depends on the position, and the coordinates' weights decide how. Where the kernel reaches beyond
+# the image, coordinates count as 0 there, as pixels do.
 
 def _images_and_coords(x, size, radius, scale):
-    """The images, with single pixels repeated over size if one is given; and their coordinate
-    channels as a batch of one, (1, K, *size)."""
+    """The images, repeated over size if a size is given; and their coordinate channels as a batch
+    of one, (1, K, *size)."""
     xp = array_module(x)
     if size is not None:
         _need(all(n == 1 for n in x.shape[2:]), "x must be single pixels, (N, C, 1, ...), to be "
@@ -538,9 +540,8 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     """CoordConv: conv(add_coords(x), w, b), without building add_coords(x); y (N, F, *out). There
     are no groups: each filter sees the coordinates.
 
-    size : None; or, for images x of one pixel, (N, C, 1, ...), the size to which that pixel is
-        repeated first, a tuple of integers. Thus a position, as such an image, becomes two
-        channels that hold it everywhere, beside those of the coordinates.
+    size : None; or, for images x of one pixel, (N, C, 1, ...), the size over which that pixel is
+        repeated first, a tuple of integers, such as (64, 64) for an x of (N, C, 1, 1)
     radius, scale : as in coord_channels
     stride, padding, dilation : as in conv
 
@@ -566,9 +567,9 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
     win = _window(images.shape[2:], w.shape[2:], stride, padding, dilation)
     _need_shape(dy, (len(x), len(w), *win.out))
     dx = _correlate_dx(dy, w[:, :C], win, images.shape[2:])
-    if size is not None:                                # a pixel's gradient is that of its copies
+    if size is not None:                                # a pixel's is the sum over its copies
         dx = _pixels(dx).sum(axis=2).reshape(x.shape)   # _pixels: (N, C, pixels)
-    total = _image_sum(dy)[None]                        # (1, F, *out)
+    total = _image_sum(dy)[None]                        # over the images, (1, F, *out)
     dw = array_module(x).concatenate(
         [_correlate_dw(dy, images, win), _correlate_dw(total, coords, win)], axis=1)
     return dx, dw, None if b is None else _channel_sum(total)
@@ -577,7 +578,8 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
 # 5 NETWORKS, WIRED BY HAND -----------------------------------------------------------------------
 #
 # The critic's formula as a network: a 1x1 CoordConv makes W * A - X, relu rectifies, sum_pool
-# adds up the pixels, and affine subtracts the sum from W.
+# adds up the pixels, and affine subtracts the sum from W. The formula for the other direction
+# takes two 1x1 convolutions, each with a relu behind it, since |d| = relu(d) + relu(-d).
 
 @_checked(x="...")
 def relu(x):
@@ -623,8 +625,7 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 
     op : a function with a gradient, of this file or of another module. The gradient must stand in
         the same module, under the same name with "_backward" appended.
-    params : the list of arrays that training changes, each by its gradient; None stands for one
-        that is left out
+    params : the list of arrays that training changes; None stands for one that is left out
     options : a dict of all the rest, including arrays that get no gradient
     """
 
@@ -638,8 +639,8 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 
 @_checked()
 def forward(net, x):
-    """Run a network. Returns its output and the list of the layers' inputs, for backward: x itself
-    is the first of them. Without layers the output is a copy of x."""
+    """Run a network. Returns its output, which is never x itself, and the list of the layers'
+    inputs, for backward: x itself is the first of them."""
     _need(net or _is_array(x), f"x must be an array, got a {type(x).__name__}", TypeError)
     inputs = []
     for op, params, options in net:
@@ -657,11 +658,12 @@ def backward(net, dy, inputs):
           f"{type(inputs).__name__}", TypeError)
     _need(len(inputs) == len(net), f"inputs must have an array for each of {len(net)} layers, got "
           f"{len(inputs)}")
+    _need(net or _is_array(dy), f"dy must be an array, got a {type(dy).__name__}", TypeError)
     grads = []
     for layer, x in zip(reversed(net), reversed(inputs)):
         op_backward = _gradient(layer.op)               # conv_backward for conv
         found = op_backward(dy, x, *layer.params, **layer.options)
-        dy, dparams = _split(found, layer)              # dx, which is dy of the layer before
+        dy, dparams = _split(found, layer)              # dx, the next dy, and the others in a list
         grads.insert(0, dparams)
     return (dy if net else dy.copy()), grads
 
@@ -677,12 +679,11 @@ def _weights(matrix, rank, dtype, xp):
 def decoder_network(size, *, dtype=np.float32, xp=np):
     """The critic's network, from a one-hot image (N, 1, *size) to its coordinate (N, len(size)).
 
-    coord[n, a] = size[a] - sum_i relu(size[a] * x[n, 0, i] - i_a)      for each axis a, where i_a
-                                                            is the coordinate of pixel i along it
+    coord[n, a] = size[a] - sum_i relu(size[a] * x[n, 0, i] - i_a)
 
-    A 1x1 CoordConv with one filter per axis a; for an image of 3 rows and 4 columns, its weights
-    for the channels image, row and col are [[3 -1 0], [4 0 -1]]. Then the rectifier, the sum and
-    the subtraction. An image that is not one-hot gets what the formula gives.
+    for each axis a, where i_a is the coordinate of pixel i along it. The CoordConv has a filter
+    for each axis; for an image of 3 rows and 4 columns, its weights for the channels image, row
+    and col are [[3 -1 0], [4 0 -1]]. An image that is not one-hot gets what the formula gives.
     """
     K = len(size)
     w = np.column_stack([size, -np.eye(K)])             # (K, 1+K)
@@ -697,8 +698,8 @@ def decoder_network(size, *, dtype=np.float32, xp=np):
 @_checked()
 def encoder_network(size, *, dtype=np.float32, xp=np):
     """The network from a coordinate in pixels to its one-hot image (N, 1, *size): two 1x1
-    convolutions, 25 parameters for two axes. The coordinate comes as an image of one pixel,
-    (N, len(size), 1, ...), which coord_conv repeats. As |i - p| is relu(i - p) + relu(p - i):
+    convolutions, 25 parameters for two axes, of which four are biases of 0, for training. The
+    coordinate comes as an image of one pixel, (N, len(size), 1, ...), which coord_conv repeats.
 
     y[n, 0, i] = relu(1 - sum_a (relu(i_a - p_a) + relu(p_a - i_a)))       with p = x[n]
 
@@ -837,14 +838,15 @@ def _reads(u, x, outputs, win):
     x (A, B, *size) that it reads. outputs has a slice for each axis. In a convolution A stands for
     the channels and B for the images; in a pool A is both and B is 1.
 
-    The axes of u are put in the order A, B, k1, o1, k2, o2, ... In each pair of a k and an o there
-    is a number, whose axis goes, and a slice, as long as that of the pixels.
+    First the axes of u get the order A, B, k1, o1, k2, o2, ... Then of each pair of a k and an o
+    one is a number, so that its axis goes, and one a slice, as long as that of the pixels. So for
+    one axis the views are u[:, :, k, reading] and x[:, :, pixels].
     """
     rank = len(outputs)
     axes = [_reads_along(*along) for along in zip(
         outputs, win.kernel, win.stride, win.dilation, win.before, x.shape[2:])]
-    pairs = [axis for a in range(rank) for axis in (1 + a, 2 + rank + a)]
-    u = u.transpose(0, 1 + rank, *pairs)
+    order = [axis for a in range(rank) for axis in (1 + a, 2 + rank + a)]
+    u = u.transpose(0, 1 + rank, *order)
     for along_each in itertools.product(*axes):
         at, pixels = zip(*along_each)
         yield u[:, :, *itertools.chain(*at)], x[:, :, *pixels]
@@ -1121,8 +1123,8 @@ def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
     dx = scale / sqrt(var + eps) * dy                                   for a given mean and var
     dx = scale / sqrt(var + eps) * (dy - E[dy] - xhat * E[dy * xhat])   for those of the batch
 
-    With those of the batch, adding a constant to x, or some xhat, leaves y as it is (but for eps).
-    So these two parts are taken out of dy.
+    With those of the batch, adding a constant to x, or a multiple of xhat, leaves y as it is (but
+    for eps). So these two parts are taken out of dy.
     """
     xhat, rstd = _normalised(x, mean, var, eps)
     dscale = _channel_sum(dy * xhat)
@@ -1369,8 +1371,8 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
         divided by canvas; "pixel": both are in pixels. The paper's code has pixels for the first
         and divides the second.
 
-    >>> train, test = not_so_clevr("quadrant")
-    >>> train.x.shape, test.target.shape
+    >>> data, test = not_so_clevr("quadrant")
+    >>> data.x.shape, test.target.shape
     ((2407, 2, 1, 1), (729, 1, 64, 64))
     """
     _need(square < canvas, f"canvas must be larger than square={square}, got {canvas}")
@@ -1451,7 +1453,8 @@ def initial_state(net, *, seed=0):
 def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
           learning_rate=0.005, l2=0.0, beta1=0.9, beta2=0.99, eps=1e-8, workers=1, comm=None):
     """Train a network with Adam. Returns an iterator over the States after each step, from step
-    state.step + 1 to step number steps, counted from the beginning of the training.
+    state.step + 1 to step number steps, counted from the beginning of the training. A step takes
+    batch_size examples, in another random order in each epoch.
 
     x, target : arrays with an entry for each example along their first axis
     loss : a function of the network's output and the target, a mean over the examples:
@@ -1465,12 +1468,13 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
     comm : processes that share the work, as mpi4py's COMM_WORLD: rank, size and allgather. All
         must begin with the same State, else ValueError
 
-    A batch goes through the network in shards of a sixteenth, but of at least four examples (64 on
-    a GPU), and the gradients of the shards are always added in the same order. So the States do
-    not depend, to the last bit, on the number of workers or processes, nor on whether training was
-    interrupted and resumed from a saved State. A network with batch_norm takes a batch whole, so
-    workers do not help; a mean and a variance that its layer is given become 0.9 of the old plus
-    0.1 of the batch's. Raises FloatingPointError once the loss or a weight is no longer finite.
+    A batch goes through the network in shards of a sixteenth, rounded down, but of at least four
+    examples (64 on a GPU), and the gradients of the shards are always added in the same order. So
+    the States do not depend, to the last bit, on the number of workers or processes, nor on
+    whether training was interrupted and resumed from a saved State. A network with batch_norm
+    takes a batch whole, so workers do not help; a mean and a variance that its layer is given
+    become 0.9 of the old plus 0.1 of the batch's. Raises FloatingPointError once the loss or a
+    weight is no longer finite.
 
     >>> data, _ = not_so_clevr()
     >>> state = initial_state(coordconv_painter(start="relative", rng=0))
@@ -1493,7 +1497,8 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
                     order = np.random.default_rng([state.seed, epoch]).permutation(len(x))
                 batch = xp.asarray(order[at * batch_size:(at + 1) * batch_size])
                 size = len(batch) if whole else max(_shard(xp), len(batch) // 16)
-                work = functools.partial(_gradients, state.net, loss, x, target, len(batch))
+                work = functools.partial(
+                    _shard_gradients, state.net, loss, x, target, len(batch))
                 rate = learning_rate(step) if callable(learning_rate) else learning_rate
                 with np.errstate(under="ignore"):       # as in _checked, which has returned by now
                     by_shard = run(work, _cut(batch, size))         # a list of arrays for each
@@ -1511,7 +1516,7 @@ def _keep_freed_memory():
     np.empty(2 ** 25 - 2 ** 16, np.uint8)
 
 
-def _gradients(net, loss, x, target, count, index):
+def _shard_gradients(net, loss, x, target, count, index):
     """What one shard, the examples at index, adds to a batch of count examples: a list of the
     loss, the gradient by each parameter, and the mean and the variance of what each batch_norm
     gets."""
@@ -1533,7 +1538,7 @@ def _gradients(net, loss, x, target, count, index):
 
 
 def _next_state(state, sums, adam, learning_rate, l2):
-    """The State after one more step of train; sums are of what _gradients lists."""
+    """The State after one more step of train; sums are of what _shard_gradients lists."""
     value, *sums = sums
     params = _params(state.net)
     statistics = iter(sums[len(params):])               # a mean and a variance for each batch_norm
