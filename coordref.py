@@ -763,13 +763,12 @@ def _blocks(x, y, win):
     for n in reversed(win.out):                         # the last axis whole, if there is room
         steps.insert(0, min(n, columns // math.prod(steps)))
     pixels = math.prod(steps)
-    images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
+    # Small images share a block: 64 of 12x12 took four times as long one by one. But its columns
+    # are no more than 4096, since a product may add them up in turn, with a rounding each. Large
+    # images come one by one, and for a single tap u is then a view of x.
     if on_cpu:
-        # Large images come one by one: for a single tap u is then a view of x. Small ones share a
-        # small block: 64 of 12x12 took four times as long one by one. It has up to 4096 columns,
-        # since a product may add them up in turn, with a rounding each.
-        columns = min(_BLOCK // 4 // rows, 4096)
-        images = 1 if pixels > 1024 else max(min(images, columns // pixels), 1)
+        columns = min(columns, 4096)
+    images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
             for n, step in zip((len(x), *win.out), (images, *steps))]
     return itertools.product(*cuts)
@@ -907,11 +906,11 @@ def _add_product(total, a, b):
     """total += a @ b, some rows at a time, so that a large total is not held twice."""
     rows = max(2 * _BLOCK // max(len(total) * total.shape[2], 1), 1)
     for i in range(0, total.shape[1], rows):
-        total[:, i:i + rows] += a[:, i:i + rows] @ b
+        total[:, i:i + rows] += _product(a[:, i:i + rows], b)
 
 
 # The first shortcut: in a 1x1 convolution without padding u is x, in another order. Where images
-# are large beside w, _pointwise does without blocks.
+# are large, _pointwise does without blocks.
 
 def _reads_own_pixel(win, size):
     """Whether each output pixel reads the one input pixel at its own position."""
@@ -919,10 +918,12 @@ def _reads_own_pixel(win, size):
 
 
 def _is_pointwise(x, w, win):
-    """Whether y = w @ x may go image by image: each output reads its own pixel, and to read w
-    again for each image takes no longer than to read the image and to write y."""
-    return _reads_own_pixel(win, x.shape[2:]) and (
-        w.size <= (x.shape[1] + len(w)) * math.prod(win.out))
+    """Whether y = w @ x may go image by image: each output reads its own pixel, to read w again
+    for each image takes no longer than to read the image and to write y, and there are pixels
+    enough for a product of their own."""
+    pixels = math.prod(win.out)
+    return _reads_own_pixel(win, x.shape[2:]) and pixels >= 64 and (
+        w.size <= (x.shape[1] + len(w)) * pixels)
 
 
 def _pointwise(x, w, groups):
@@ -939,11 +940,15 @@ def _pointwise(x, w, groups):
 def _is_mirroring_faster(dy, w, win, size, groups):
     """Whether dx is found faster as that convolution. Its u has F * size numbers for each tap,
     where du has C * out; and to fill in a number of u takes half as long as to add one of du to
-    dx. Where w has more than 16 MiB, the mirrored copy would take too much memory."""
+    dx. The mirrored copy of w must be worth its time, and it must not take more than 16 MiB. And
+    w must be finite, as that convolution also multiplies it by zeros outside of dy; a GPU would
+    have to be waited for to know that."""
     F = dy.shape[1]
     C = w.shape[1] * groups
-    faster = F * math.prod(size) < 2 * C * math.prod(win.out)
-    return faster and set(win.stride) == {1} and w.nbytes <= 2 ** 24
+    outputs = math.prod(win.out)
+    faster = F * math.prod(size) < 2 * C * outputs and F <= len(dy) * outputs
+    fits = set(win.stride) == {1} and w.nbytes <= 2 ** 24
+    return faster and fits and array_module(w) is np and np.isfinite(w).all()
 
 
 def _mirrored(w, win, size, groups):
@@ -963,18 +968,22 @@ def _mirrored(w, win, size, groups):
     return mirrored.reshape(channels * groups, F // groups, *win.kernel), window
 
 
-def _image_sum(x):
-    """The sum of x (N, ...) over the images: sums of 256, which are added up in float64."""
-    parts = [x[n:n + 256].sum(axis=0) for n in range(0, max(len(x), 1), 256)]
-    if len(parts) == 1:
-        return parts[0]
-    return array_module(x).stack(parts).sum(axis=0, dtype=np.float64).astype(x.dtype)
+def _image_sum(x, pixels=False):
+    """The sum of x (N, ...) over the images, and over the pixels first if that is asked for. The
+    images make sums of 256, which are added up in float64. Along the pixels, a contiguous axis,
+    NumPy sums pairwise. Both keep float32 accurate."""
+    sums = []
+    for n in range(0, max(len(x), 1), 256):
+        part = x[n:n + 256]
+        sums.append((_pixels(part).sum(axis=2) if pixels else part).sum(axis=0))
+    if len(sums) == 1:
+        return sums[0]
+    return array_module(x).stack(sums).sum(axis=0, dtype=np.float64).astype(x.dtype)
 
 
 def _channel_sum(x):
-    """The sum of x (N, C, ...) over all axes but the channels, (C,). Along a contiguous axis NumPy
-    sums pairwise, which keeps float32 accurate."""
-    return _image_sum(x if x.ndim == 2 else _pixels(x).sum(axis=2))
+    """The sum of x (N, C, ...) over all axes but the channels, (C,)."""
+    return _image_sum(x, pixels=x.ndim > 2)
 
 
 # 7 THE OTHER PIECES ------------------------------------------------------------------------------
