@@ -1398,7 +1398,7 @@ publish("square deconv k2 w1", (0,), 2, SQUARE_RIVAL, kernel=2, width=1, **LONG_
 LONG_RENDER = PAPER | {"model": "coordconv_renderer", "task": "rendering", "kernel": 3}
 RENDERERS = {"pixel": [], "unit": []}
 SCALE_NAMES = {"pixel": "raw", "unit": "unit"}
-BEST_RENDERERS = [("unit", 0.005, 0.0, 1)]
+BEST_RENDERERS = [("unit", 0.005, 0.0, 1), ("pixel", 0.005, 0.0, 2)]
 
 
 def publish_renderer(scale, learning_rate, l2, width, epochs, seeds):

@@ -4,13 +4,13 @@
 
 A convolution applies the same weights everywhere. So what it makes of a pixel depends on the
 pixels around it and, away from the edges, not on where it is. Liu et al. (2018) found that
-convolutional networks therefore struggle to turn a coordinate into the pixel that it names, or the
-other way. Their remedy is CoordConv: two more input channels, which hold each pixel's row and
-column. Piekniewski (2018), the critic here, answered that with those channels there is nothing to
-learn: the weights can be written down. To read a coordinate off an image, one convolution, one
-rectifier, one sum and one subtraction suffice. So both use coordinates; the dispute is whether a
-training that finds such weights proves anything. This file holds both sides as plain array code,
-for NumPy and, given CuPy arrays, for the GPU.
+convolutional networks therefore struggle to turn a position into the pixel that it names, or a
+pixel into its position. Their remedy is CoordConv: two more input channels, which hold each
+pixel's row and column. Piekniewski (2018), the critic here, answered that with those channels
+there is nothing to learn: the weights can be written down. To read a coordinate off an image, one
+convolution, one rectifier, one sum and one subtraction suffice. So both use coordinates; the
+dispute is whether it proves anything that training finds such weights. This file holds both sides
+as plain array code, for NumPy and, given CuPy arrays, for the GPU.
 
 Sections 1 to 5 are the subject, and can be explained without the others. Section 6 makes
 convolution fast. Sections 7 to 9 add what the paper's networks and their training need, and
@@ -19,11 +19,11 @@ section 10 holds files and the checks of arguments. Python 3.11 and NumPy 2.0 ar
 Notation:
 N images, C channels in, F filters (channels out), K coordinate channels, G groups; *size, *kernel
 and *out stand for the spatial axes, one or more. Images are (N, C, *size): (8, 3, 32, 48) are 8
-images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel), as a filter sees the
-channels of its group: all of them if G is 1. x is an input, y an output, w weights, b a bias. dx,
-dw and db are the gradients of the loss with respect to x, w and b, and so for any name. Positions
-are (row, col). The rank is the number of spatial axes. xp is numpy or cupy, the module of the
-arrays; array_module(x) finds it.
+images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel), because a filter sees
+the channels of its group: all of them if G is 1. x is an input, y an output, w weights, b a bias.
+dx, dw and db are the gradients of the loss with respect to x, w and b, and likewise for any name.
+A position is (row, col), and each of the two is a coordinate. The rank is the number of spatial
+axes. xp is numpy or cupy, the module of the arrays; array_module(x) finds it.
 
 Some private helpers stand in sections 6 and 10, after their use. A name that begins with _need is
 a check, and raises an error unless it holds.
@@ -34,12 +34,12 @@ come after the input's: one per axis, in axis order, then the radius, if it is a
 unit scale an axis runs from -1 to 1, on the pixel scale it counts pixels from 0. The radius is the
 distance from where all coordinates are 0.
 
-Below every differentiable f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
-**options). It takes the upstream gradient dy, which has the shape of f's output, then what f took.
-It returns a tuple of the gradients of x and of each of params; without params, dx alone.
+Below every layer and loss f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
+**options). It takes dy, the upstream gradient, shaped as f's output, and then the same arguments
+as f. It returns dx and one gradient for each of params, or just dx if f has none.
 
-The decorator above a function states the shapes of its arrays, here of x, w and b; where it states
-none, the docstring does:
+The decorator above a function states the shapes of its arrays; if it is empty, the docstring does.
+For conv:
 
     @_checked(x="N C *size", w="F C/G *kernel", b="F?")
 
@@ -119,14 +119,15 @@ __all__ = """
 
 def _checked(**shapes):
     """Decorator: check f's arguments, and fill in its options, before f is called. _arguments of
-    section 10 does it: it returns all arguments by name, or raises _Refused."""
+    section 10 does the work: it returns all arguments by name, or raises _Refused, which becomes a
+    TypeError or a ValueError here."""
     def decorate(f):
         @functools.wraps(f)
         def checked(*args, **options):
             try:
                 with np.errstate(under="ignore"):       # exp(-1000) is 0, whatever the caller set
                     y = f(**_arguments(f, shapes, args, options))
-                # NumPy makes a scalar of an array without axes, such as a loss: back to an array
+                # NumPy makes a scalar of an array without axes, such as a loss: an array again
                 return _as_array(y) if shapes else y
             except _Refused as refused:
                 raise refused.kind(f"{f.__name__}: {refused}") from None
@@ -146,7 +147,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_exact((n,), dtype)                            # float32 has numbers for 2^24 pixels
+    _need_exact((n,), dtype)                            # float32 holds all integers up to 2^24
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -206,24 +207,24 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 # 2 THE CRITIC'S ANSWER ---------------------------------------------------------------------------
 #
 # Here are two formulas, which section 5 wires as networks, and two functions, decode and encode,
-# which find the same results by a shorter way.
+# which get the same results more directly.
 #
 # Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis after the
 # other. Let W be its length, let X hold each pixel's coordinate along it, from 0 to W - 1, and let
-# p be the hot pixel's. The critic reads p off the image as
+# p be the coordinate of the hot pixel. The critic reads p off the image as
 #
 #   p = W - sum_pixels relu(W * A - X)                          where relu(x) = max(x, 0)
 #
-# because the rectifier leaves W - p at the hot pixel, and 0 elsewhere, where -X is not above 0.
-# With W = 4 and p = 1:
+# At the hot pixel the rectifier gets W - p, which is above 0, and keeps it. Elsewhere it gets -X,
+# which is not above 0, and gives 0. With W = 4 and p = 1:
 #
 #   A              0   1   0   0
 #   X              0   1   2   3
 #   W * A - X      0   3  -2  -3
 #   relu           0   3   0   0        the sum is 3, and 4 - 3 = 1
 #
-# The critic gave only this direction. Here is the other: in the image of the coordinates p_a, one
-# for each axis a, the pixel with the coordinates i_a is
+# The other direction is added here. To draw the one-hot image of a position, with the coordinate
+# p_a along each axis a, give each pixel, with the coordinates i_a, the value
 #
 #   relu(1 - sum_a |i_a - p_a|)
 #
@@ -235,13 +236,12 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   1 - |i - p|    0   1   0  -1
 #   relu           0   1   0   0
 #
-# The shorter way: decode looks for the hot pixel, since no other counts in the sum, and encode
-# sets it.
+# decode looks for the hot pixel, since no other adds to the sum, and encode sets it.
 
 @_checked(image="N 1 *size")
 def decode(image):
-    """The coordinate of the hot pixel of each image, (N, len(size)). An image that is not one-hot
-    raises ValueError, as the formula would give it a coordinate without a meaning.
+    """The position of the hot pixel of each image, (N, len(size)). An image that is not one-hot
+    raises ValueError, as the formula would give it a meaningless one.
 
     >>> decode(np.array([[[[0., 0., 0.], [0., 0., 1.]]]])).tolist()
     [[1.0, 2.0]]
@@ -274,9 +274,9 @@ def encode(coords, size, *, dtype=np.float32):
 
 # 3 CONVOLUTION -----------------------------------------------------------------------------------
 #
-# A convolution moves a kernel over an image: a few weights side by side, at places called taps. It
-# adds up the pixels below the taps, each times its weight, and moves on. With two taps over four
-# pixels:
+# A kernel is a small grid of weights; each place in it is called a tap. A convolution moves the
+# kernel over an image. At each stop it multiplies every weight by the pixel under its tap and adds
+# up the products. With two taps over four pixels:
 #
 #   x = [1 2 4 7]     w = [-1 1]      y = [-1*1 + 1*2, -1*2 + 1*4, -1*4 + 1*7] = [1 2 3]
 #
@@ -286,7 +286,7 @@ def encode(coords, size, *, dtype=np.float32):
 #   y[n, f, o] = sum_{c, k} w[f, c, k] * x[n, c, i]      where i = o*stride + k*dilation - before
 #
 # stride is the step from one output pixel to the next, dilation that from one tap to the next, and
-# before is the number of zeros in front of the axis: outside the image x counts as 0.
+# before is the number of zeros in front of the image: outside of it x counts as 0.
 #
 # This sum is a matrix product. Let the matrix u hold all that is read: a row for each channel and
 # tap, (c, k), and a column for each image and output pixel, (n, o). To fill it is to unfold x:
@@ -299,32 +299,32 @@ def encode(coords, size, *, dtype=np.float32):
 #
 #   y = w @ u                               y = [1 2 3]
 #
-# So the gradients are those of a matrix product. Let r be a row (c, k) of u and j a column (n, o).
-# y[f, j] is a sum over r of w[f, r] * u[r, j]. So the weight w[f, r] counts in y[f, j] for all j,
-# each time with the factor u[r, j], and u[r, j] counts for all f, with the factors w[f, r]. Hence
+# So the gradients are those of a matrix product. Number the rows (c, k) of u by r and the columns
+# (n, o) by j: y[f, j] = sum_r w[f, r] * u[r, j]. In it w[f, r] has the factor u[r, j], and u[r, j]
+# has the factor w[f, r]. By the chain rule, summed over all of y that each of them is a part of,
 #
 #   dw[f, r] = sum_j dy[f, j] * u[r, j]
 #   du[r, j] = sum_f w[f, r] * dy[f, j]
 #
-# The bias is added to each y[f, j], so db[f] = sum_j dy[f, j]. And u only copies pixels, so the
-# gradient of a pixel is the sum of those of its copies: to fold du, each tap adds its row to the
-# pixels that it reads. Say that dy = [1 10 100]:
+# The bias is added to each y[f, j], so db[f] = sum_j dy[f, j]. And u only copies pixels, so that a
+# pixel's gradient is the sum of its copies' gradients: to fold du is to add each of its rows to
+# the pixels that the row was copied from. Say that dy = [1 10 100]:
 #
 #   dw = dy @ u.T                           dw = [1 + 20 + 400, 2 + 40 + 700] = [421 742]
 #   du = w.T @ dy                           du = [-1 -10 -100]  to the pixels 0 to 2
 #                                                [ 1  10  100]  to the pixels 1 to 3
 #   dx = fold(du)                           dx = [-1, 1 - 10, 10 - 100, 100] = [-1 -9 -90 100]
 #
-# u repeats a pixel for every tap that reads it and may be many times as large as x. So it is made
-# block by block: some output pixels at a time, which may be all of them, and their columns of u.
-# All this is written for one group. With G groups, the filters of a group see the channels of that
+# u repeats a pixel for every tap that reads it and may be many times as large as x. So only some
+# of its columns exist at a time: those of a block of output pixels, or all if they are few. All
+# this is written for one group. With G groups, the filters of a group see the channels of that
 # group alone, and w, u and y are stacks of G such matrices:
 #
 #   y (G, F/G, columns) = w (G, F/G, C/G * taps) @ u (G, C/G * taps, columns)
 
-# How a kernel moves over an image: five tuples with an entry for each spatial axis. kernel holds
-# numbers of taps, before those of zeros in front of the image, out those of output pixels, at
-# which a kernel stops. So nothing need say how many zeros come after the image.
+# How a kernel moves over an image: five tuples with an entry for each spatial axis. These are the
+# number of taps, the stride, the dilation, the number of zeros in front of the image and that of
+# output pixels. As the last says where the kernel stops, the zeros behind need no entry.
 _Window = collections.namedtuple("_Window", "kernel stride dilation before out")
 
 
@@ -337,7 +337,7 @@ def _window(size, kernel, stride, padding, dilation):
         # comments beside the lines are for 6 pixels, a stride of 2 and a span of 3.
         wanted = [-(-length // s) for length, s in zip(size, stride)]               # 3 outputs
         needed = [(m - 1) * s + span for m, s, span in zip(wanted, stride, spans)]  # 7 pixels
-        padding = _halves(max(n - length, 0) for n, length in zip(needed, size))    # (0, 1)
+        padding = _halves(max(n - length, 0) for n, length in zip(needed, size))    # a pair (0, 1)
     padded = [length + before + after for length, (before, after) in zip(size, padding)]
     out = tuple((length - span) // s + 1 for length, span, s in zip(padded, spans, stride))
     _need_output(size, kernel, padding, out)
@@ -351,15 +351,17 @@ def _halves(totals):
 
 # The three products, block by block. What they call stands in section 6:
 #
-#   _blocks(x, y, win)            yields blocks, each a slice of the images and of each axis of y
-#   _unfold(x, y, win, groups)    yields the blocks and their columns of u, (G, rows, columns)
+#   _unfold(x, y, win, groups)    yields blocks of y, each a slice of the images and of each axis
+#                                 of pixels, and their columns of u, (G, rows, columns)
+#   _blocks(x, y, win)            yields the blocks alone
 #   _fold(du, dx, block, win)     adds such columns to the pixels of dx
-#   _columns(y, block, groups)    the columns of y for a block, (G, F/G, columns)
-#   _set_columns(y, block, ...)   writes them
+#   _columns(y, block, groups)    the columns of a block of y, (G, F/G, columns)
+#   _set_columns(y, block, ...)   writes columns to a block of y
 #   _matrices(w, groups)          w as a stack of matrices, (G, F/G, rows): w.T is w.swapaxes(1, 2)
 #   _product, _add_product        a @ b, and total += a @ b
 #
-# The two ifs lead to shortcuts of section 6, which a first reading skips.
+# The if at the head of _correlate, and that of _correlate_dx, lead to shortcuts of section 6. A
+# first reading skips them.
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
@@ -396,7 +398,7 @@ def _correlate_dx(dy, w, win, size, groups=1):
 
 
 def _add_bias(y, b):
-    """y + b[f] for each filter f; it is written to y."""
+    """y + b[f] for each filter f, in place."""
     if b is not None:
         y += _over(b, y)                                # _over makes it (F, 1, ...)
     return y
@@ -439,23 +441,23 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
     return dx, dw, None if b is None else _channel_sum(dy)          # over all axes but the filters
 
 
-# A transposed convolution is the step from dy to dx, used as a layer. It makes images larger: each
-# pixel of x paints the whole kernel, times its value, at a distance of stride pixels from the
-# next. So the paper's network without coordinates draws, in six doublings from one pixel to 64x64.
-# For x = [1 10], w = [1 2 3] and a stride of 2:
+# A transposed convolution is the step from dy to dx, used as a layer. With a stride it makes
+# images larger: each pixel of x paints the whole kernel, times its value, at a distance of stride
+# pixels from the next. So the paper's network without coordinates draws, in six doublings from one
+# pixel to 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
 #
 #   1 * w          1   2   3
 #   10 * w                10  20  30
 #   y              1   2  13  20  30
 #
-# Back from y to x leads a convolution with the same w, whose dx this is. So that convolution's
-# window serves, where win.out is the size of x, and x and y are what its dy and dx are. The two
-# count channels the other way round, so that C here is F there:
+# There is a convolution with the same w that leads from y back to x: call it the reverse. What
+# conv_transpose computes is the reverse's dx, with x for its dy. So the reverse's window serves,
+# where win.out is the size of x. Its channels in are our filters, so that C here is F there:
 #
-#   conv_transpose           x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
-#   that convolution         dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
+#   conv_transpose     x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
+#   the reverse        dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
 #
-# Of what is painted, padding cuts off pixels before and after: the zeros of that convolution.
+# Of what is painted, padding cuts off pixels before and after, where the reverse has its zeros.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
     """The window of the convolution from y to x, and the size of y."""
@@ -469,10 +471,10 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
     if padding == "same":
         # y is to have size * stride pixels, so the surplus is cut off, half of it on either side.
         # There may be too few: x = [1 10] with a single tap and a stride of 3 paints [1 0 0 10],
-        # and 6 pixels are wanted. Then the surplus is -2, and two zeros come after.
-        surplus = [p - n * s for p, n, s in zip(full, size, stride)]
-        padding = [(0, p) if p < 0 else pair for p, pair in zip(surplus, _halves(surplus))]
-    y_size = tuple(p - before - after for p, (before, after) in zip(full, padding))
+        # and 6 pixels are wanted. Then the surplus is -2, and the padding (0, -2) adds two zeros.
+        surplus = [m - n * s for m, n, s in zip(full, size, stride)]
+        padding = [(0, m) if m < 0 else pair for m, pair in zip(surplus, _halves(surplus))]
+    y_size = tuple(m - before - after for m, (before, after) in zip(full, padding))
     _need_output(size, kernel, padding, y_size)
     return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), size), y_size
 
@@ -488,9 +490,9 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     w : the channels of x come first
     stride, padding, dilation, groups : as in conv, but "same" gives an output of size * stride
     output_padding : an integer, or one per axis, below the larger of stride and dilation, as in
-        PyTorch: so many pixels more at the end of y. With 3 taps and a stride of 2, conv makes 2
-        pixels of 5 and of 6; so conv_transpose makes 5 of 2, or 6 with an output_padding of 1.
-        With "same" y keeps its size, and the surplus that is cut off is larger.
+        PyTorch: so many extra pixels at the end of y. With 3 taps and a stride of 2, conv turns 5
+        pixels, and also 6, into 2; so conv_transpose turns 2 into 5, or with an output_padding of
+        1 into 6. With "same" y keeps its size, and only what is cut off changes.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -502,8 +504,8 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
 @_checked(dy="N F *out", x="N C *size", w="C F/G *kernel", b="F?")
 def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1,
                             groups=1):
-    """dx, dw and db of conv_transpose. As y is the dx of a convolution, dx is that convolution of
-    dy, and dw is found as in conv, with x and dy exchanged."""
+    """dx, dw and db of conv_transpose. As y is the reverse's dx, dx is the reverse of dy, and dw
+    is found as in conv, with x and dy exchanged."""
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
     _need_shape(dy, (len(x), w.shape[1] * groups, *y_size))
     dx = _correlate(dy, w, win, groups)
@@ -540,8 +542,8 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     """CoordConv: conv(add_coords(x), w, b), without building add_coords(x); y (N, F, *out). There
     are no groups: each filter sees the coordinates.
 
-    size : None; or, for images x of one pixel, (N, C, 1, ...), the size over which that pixel is
-        repeated first, a tuple of integers, such as (64, 64) for an x of (N, C, 1, 1)
+    size : None, or a tuple of integers such as (64, 64). Then x must be single pixels, (N, C, 1,
+        ...), and each is first repeated over that size.
     radius, scale : as in coord_channels
     stride, padding, dilation : as in conv
 
@@ -560,8 +562,8 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
 @_checked(dy="N F *out", x="N C *size", w="F C+K *kernel", b="F?")
 def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
                         padding=0, dilation=1):
-    """dx, dw and db of coord_conv. All images share the u of the coordinates, so that the gradient
-    by their weights, sum_n dy[n] @ u.T, is (sum_n dy[n]) @ u.T."""
+    """dx, dw and db of coord_conv. All images share the u of the coordinates, so the gradient with
+    respect to their weights, sum_n dy[n] @ u.T, is (sum_n dy[n]) @ u.T."""
     C = x.shape[1]
     images, coords = _images_and_coords(x, size, radius, scale)
     win = _window(images.shape[2:], w.shape[2:], stride, padding, dilation)
@@ -590,8 +592,8 @@ def relu(x):
 @_checked(dy="...", x="...")
 def relu_backward(dy, x):
     """dx = dy where x > 0, else 0."""
-    # The bits of dy, as integers, times 1 or 0. where() takes ten times as long, as it branches;
-    # and dy * (x > 0) would be NaN for an infinite dy.
+    # This is where(x > 0, dy, 0) in a tenth of the time: the bits of dy, as integers, times 1 or
+    # 0. To multiply dy itself would make NaN of an infinite dy where x is not above 0.
     bits = dy.view(f"i{dy.itemsize}")
     return (bits * (x > 0)).view(dy.dtype)
 
@@ -663,7 +665,8 @@ def backward(net, dy, inputs):
     for layer, x in zip(reversed(net), reversed(inputs)):
         op_backward = _gradient(layer.op)               # conv_backward for conv
         found = op_backward(dy, x, *layer.params, **layer.options)
-        dy, dparams = _split(found, layer)              # dx, the next dy, and the others in a list
+        # dx, which is dy of the next layer, and the list of the gradients of params
+        dy, dparams = _split(found, layer)
         grads.insert(0, dparams)
     return (dy if net else dy.copy()), grads
 
@@ -677,9 +680,9 @@ def _weights(matrix, rank, dtype, xp):
 
 @_checked()
 def decoder_network(size, *, dtype=np.float32, xp=np):
-    """The critic's network, from a one-hot image (N, 1, *size) to its coordinate (N, len(size)).
+    """The critic's network, from a one-hot image (N, 1, *size) to its position (N, len(size)).
 
-    coord[n, a] = size[a] - sum_i relu(size[a] * x[n, 0, i] - i_a)
+    p[n, a] = size[a] - sum_i relu(size[a] * x[n, 0, i] - i_a)
 
     for each axis a, where i_a is the coordinate of pixel i along it. The CoordConv has a filter
     for each axis; for an image of 3 rows and 4 columns, its weights for the channels image, row
@@ -697,9 +700,9 @@ def decoder_network(size, *, dtype=np.float32, xp=np):
 
 @_checked()
 def encoder_network(size, *, dtype=np.float32, xp=np):
-    """The network from a coordinate in pixels to its one-hot image (N, 1, *size): two 1x1
-    convolutions, 25 parameters for two axes, of which four are biases of 0, for training. The
-    coordinate comes as an image of one pixel, (N, len(size), 1, ...), which coord_conv repeats.
+    """The network from a position in pixels to its one-hot image (N, 1, *size): two 1x1
+    convolutions. For two axes it has 25 parameters; four are biases of 0, there to be trained. The
+    position comes as an image of one pixel, (N, len(size), 1, ...), which coord_conv repeats.
 
     y[n, 0, i] = relu(1 - sum_a (relu(i_a - p_a) + relu(p_a - i_a)))       with p = x[n]
 
@@ -723,7 +726,7 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
 
 @_checked()
 def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
-    """The network from a coordinate in pixels (N, len(size), 1, ...) to the square around it, cut
+    """The network from a position in pixels (N, len(size), 1, ...) to the square around it, cut
     off at the edge, (N, 1, *size): encoder_network, then a convolution with ones.
 
     square : the side of the square, an odd number of pixels
@@ -739,11 +742,11 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
 
 # 6 HOW CONVOLUTION IS MADE FAST ------------------------------------------------------------------
 #
-# Nothing in this section changes more than rounding. The products of section 3 get as many columns
-# at a time as a cache holds, a block; unfold and fold move slices, not single pixels; and there
-# are two shortcuts. Two sums that keep float32 accurate end the section.
+# Nothing in this section changes more than rounding. The products of section 3 get a block at a
+# time, columns that about fit in a cache; unfold and fold move slices, not single pixels; and
+# there are two shortcuts. Two sums that keep float32 accurate end the section.
 
-_BLOCK = 2 ** 20                # numbers in a block of u
+_BLOCK = 2 ** 20                # numbers of u that exist at a time, at most
 
 
 def _blocks(x, y, win):
@@ -763,9 +766,9 @@ def _blocks(x, y, win):
     for n in reversed(win.out):                         # the last axis whole, if there is room
         steps.insert(0, min(n, columns // math.prod(steps)))
     pixels = math.prod(steps)
-    # Small images share a block: 64 of 12x12 took four times as long one by one. But its columns
-    # are no more than 4096, since a product may add them up in turn, with a rounding each. Large
-    # images come one by one, and for a single tap u is then a view of x.
+    # Small images share a block: 64 of 12x12 took four times as long one by one. But they have no
+    # more than 4096 columns together, since a product may add up columns in turn, with a rounding
+    # each. Larger images come one by one; where u is x, it is a view of x then.
     if on_cpu:
         columns = min(columns, 4096)
     images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
@@ -804,8 +807,8 @@ def _set_columns(y, block, columns):
 #                   tap 2 reads [2 4 0]     pixels 1 and 2, for outputs 0 and 1
 #
 # In the same way an output reads every dilation-th pixel, for a slice of the taps. Along each axis
-# taps or outputs are taken one by one, and the others as a slice: what is fewer one by one, as a
-# kernel may be as large as the image.
+# taps or outputs, whichever are fewer, are taken one by one, and the others as a slice: a kernel
+# may be as large as the image.
 
 def _inside(first, step, count, n):
     """Which of the positions first, first + step, ..., count of them, lie on an axis of n pixels:
@@ -818,8 +821,9 @@ def _inside(first, step, count, n):
 
 
 def _reads_along(outputs, taps, stride, dilation, before, n):
-    """What the outputs, a slice, read of an axis of n pixels. Yields pairs: a tap and a slice of
-    these outputs, or a slice of the taps and an output; and the slice of the pixels."""
+    """What the outputs, a slice, read of an axis of n pixels. Yields ((k, outputs), pixels), for
+    one tap and a slice of these outputs, or ((taps, o), pixels), for a slice of taps and one
+    output."""
     first = outputs.start * stride - before             # what tap 0 reads for the first output
     count = outputs.stop - outputs.start
     if taps <= count:
@@ -837,9 +841,9 @@ def _reads(u, x, outputs, win):
     x (A, B, *size) that it reads. outputs has a slice for each axis. In a convolution A stands for
     the channels and B for the images; in a pool A is both and B is 1.
 
-    First the axes of u get the order A, B, k1, o1, k2, o2, ... Then of each pair of a k and an o
-    one is a number, so that its axis goes, and one a slice, as long as that of the pixels. So for
-    one axis the views are u[:, :, k, reading] and x[:, :, pixels].
+    First the axes of u get the order A, B, k1, o1, k2, o2, ... For each spatial axis one of k and
+    o is then a number, which drops its axis, and the other a slice, as long as the slice of the
+    pixels. With one axis that is u[:, :, k, outputs], or u[:, :, taps, o], and x[:, :, pixels].
     """
     rank = len(outputs)
     axes = [_reads_along(*along) for along in zip(
@@ -858,9 +862,9 @@ def _shape_of_u(x, block, win):
 
 
 def _unfold(x, y, win, groups):
-    """Yields each block of the output y and its columns of u, (G, rows, columns). All blocks share
-    the memory of the first, which is the largest: new memory for each took up to three times as
-    long as all the rest."""
+    """Yields each block of the output y and its columns of u, (G, rows, columns). Unless u is x,
+    all blocks share the memory of the first, which is the largest: new memory for each took up to
+    three times as long as all the rest."""
     memory = None
     zeroed = None
     for block in _blocks(x, y, win):
@@ -892,7 +896,7 @@ def _fold(du, dx, block, win):
 
 
 def _matrices(w, groups):
-    """Weights (F, C/G, *kernel) as matrices, (G, F/G, rows of u): a view."""
+    """Weights (F, C/G, *kernel) as matrices, (G, F/G, rows of u): a view, if w is contiguous."""
     return w.reshape(groups, len(w) // groups, math.prod(w.shape[1:]))
 
 
@@ -909,8 +913,8 @@ def _add_product(total, a, b):
         total[:, i:i + rows] += _product(a[:, i:i + rows], b)
 
 
-# The first shortcut: in a 1x1 convolution without padding u is x, in another order. Where images
-# are large, _pointwise does without blocks.
+# The first shortcut: in a 1x1 convolution with a stride of 1 and without padding u is x, in
+# another order. Where images are large, _pointwise does without blocks.
 
 def _reads_own_pixel(win, size):
     """Whether each output pixel reads the one input pixel at its own position."""
@@ -941,8 +945,8 @@ def _is_mirroring_faster(dy, w, win, size, groups):
     """Whether dx is found faster as that convolution. Its u has F * size numbers for each tap,
     where du has C * out; and to fill in a number of u takes half as long as to add one of du to
     dx. The mirrored copy of w must be worth its time, and it must not take more than 16 MiB. And
-    w must be finite, as that convolution also multiplies it by zeros outside of dy; a GPU would
-    have to be waited for to know that."""
+    w must be finite, as that convolution also multiplies it by zeros outside of dy. To find out
+    one would have to wait for a GPU, so there the answer is always no."""
     F = dy.shape[1]
     C = w.shape[1] * groups
     outputs = math.prod(win.out)
@@ -957,7 +961,7 @@ def _mirrored(w, win, size, groups):
     dx[n, c, i] = sum_{f, k} w[f, c, k] * dy[n, f, i - k*dilation + before]
 
     Put kernel-1-k in place of k: this is a convolution of dy, with the kernel mirrored, with C and
-    F exchanged, and with (kernel-1) * dilation - before zeros in front.
+    F exchanged, and with (kernel-1) * dilation - before zeros in front; below 0 it skips pixels.
     """
     F, channels = w.shape[:2]                           # channels of a group
     mirrored = array_module(w).flip(w, tuple(range(2, w.ndim)))
@@ -970,8 +974,8 @@ def _mirrored(w, win, size, groups):
 
 def _image_sum(x, pixels=False):
     """The sum of x (N, ...) over the images, and over the pixels first if that is asked for. The
-    images make sums of 256, which are added up in float64. Along the pixels, a contiguous axis,
-    NumPy sums pairwise. Both keep float32 accurate."""
+    images are summed 256 at a time, and these sums are added up in float64. Along the pixels, a
+    contiguous axis, NumPy sums pairwise. Both keep float32 accurate."""
     sums = []
     for n in range(0, max(len(x), 1), 256):
         part = x[n:n + 256]
@@ -1258,10 +1262,10 @@ def mean_squared_error_backward(dy, y, target):
 
 # 8 THE PAPER'S COORDCONV NETWORKS ----------------------------------------------------------------
 #
-# Each function returns a network, a list of Layers. width multiplies the number of filters between
-# its input and output. rng is a numpy.random.Generator, a seed or None. Weights are drawn on the
-# host, so that a CPU and a GPU start from the same bits. The paper's networks without coordinates
-# are in bench.py, which stands beside this file in its repository.
+# Each function returns a network, a list of Layers. width multiplies the filters of hidden layers.
+# rng is a numpy.random.Generator, a seed or None. Weights are drawn on the host, so that a CPU and
+# a GPU start from the same bits. The paper's networks without coordinates are in bench.py, which
+# stands beside this file in its repository.
 
 @_checked()
 def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
