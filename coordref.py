@@ -641,7 +641,7 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 
 @_checked()
 def forward(net, x):
-    """Run a network. Returns its output, which is never x itself, and the list of the layers'
+    """Run a network. Returns its output, without layers a copy of x, and the list of the layers'
     inputs, for backward: x itself is the first of them."""
     _need(net or _is_array(x), f"x must be an array, got a {type(x).__name__}", TypeError)
     inputs = []
