@@ -1975,7 +1975,10 @@ def judged(row, groups, runs, errors, options):
     if options.quick and any(EXPERIMENTS[name].quick for name in row.needs):
         return not_judged("-", "trainings were cut short")
     verdict = row.judge(*([runs[job] for job in group if job in runs] for group in groups))
-    absent = list(dict.fromkeys(job.name for job in missing))
+    begun = {job.name for job in jobs if job in runs}
+    absent = dict.fromkeys(
+        f"{job.name} seed {job.seed}" if job.name in begun else job.name for job in missing
+    )
     if not absent:
         return verdict
     text = ", ".join(absent) if len(absent) < 5 else f"{len(absent)} of {len(groups)} trainings"
