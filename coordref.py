@@ -865,12 +865,13 @@ def _unfold(x, y, win, groups):
     """Yields each block of the output y and its columns of u, (G, rows, columns). Unless u is x,
     all blocks share the memory of the first, which is the largest: new memory for each took up to
     three times as long as all the rest."""
+    if _reads_own_pixel(win, x.shape[2:]):
+        for block in _blocks(x, y, win):
+            yield block, _columns(x, block, groups)
+        return
     memory = None
     zeroed = None
     for block in _blocks(x, y, win):
-        if _reads_own_pixel(win, x.shape[2:]):
-            yield block, _columns(x, block, groups)
-            continue
         images, *out = block
         part_of_x = x[images].swapaxes(0, 1)            # (C, images, *size)
         shape = _shape_of_u(part_of_x, block, win)
