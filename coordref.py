@@ -505,11 +505,17 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
 def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1,
                             groups=1):
     """dx, dw and db of conv_transpose. As y is the reverse's dx, dx is the reverse of dy, and dw
-    is found as in conv, with x and dy exchanged."""
+    is found as in conv, with x and dy exchanged. Both take the same u: dx = w @ unfold(dy), and
+    dw = x @ unfold(dy).T."""
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
     _need_shape(dy, (len(x), w.shape[1] * groups, *y_size))
-    dx = _correlate(dy, w, win, groups)
-    dw = _correlate_dw(x, dy, win, groups)              # here x is what dy is in conv
+    dx = array_module(x).empty(x.shape, x.dtype)
+    dw = array_module(x).zeros(w.shape, x.dtype)
+    w = _matrices(w, groups)
+    total = _matrices(dw, groups)                       # a view of dw
+    for block, u in _unfold(dy, dx, win, groups):
+        _set_columns(dx, block, _product(w, u))
+        _add_product(total, _columns(x, block, groups), u.swapaxes(1, 2))
     return dx, dw, None if b is None else _channel_sum(dy)
 
 
@@ -1099,11 +1105,12 @@ def mean_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
 
 
 def _statistics(x):
-    """The mean and the (biased) variance of each channel."""
+    """The mean and the (biased) variance of each channel, and x without its mean."""
     count = x.size // x.shape[1]
     mean = _channel_sum(x) / count
     mean = mean + _channel_sum(x - _over(mean, x)) / count          # what rounding left out
-    return mean, _channel_sum((x - _over(mean, x)) ** 2) / count
+    centred = x - _over(mean, x)
+    return mean, _channel_sum(centred * centred) / count, centred
 
 
 def _normalised(x, mean, var, eps):
@@ -1111,9 +1118,12 @@ def _normalised(x, mean, var, eps):
     _need((mean is None) == (var is None), "mean and var must be given together or not at all")
     if mean is None:
         _need(x.size, f"x must not be empty, got x.shape={x.shape}")
-        mean, var = _statistics(x)
+        _, var, xhat = _statistics(x)
+    else:
+        xhat = x - _over(mean, x)
     rstd = 1 / array_module(x).sqrt(var + eps)
-    return (x - _over(mean, x)) * _over(rstd, x), rstd
+    xhat *= _over(rstd, x)
+    return xhat, rstd
 
 
 @_checked(x="N C ...", scale="C", shift="C", mean="C?", var="C?")
@@ -1547,7 +1557,7 @@ def _shard_gradients(net, loss, x, target, count, index):
     grads = [dp for layer in by_layer for dp in layer if dp is not None]
     # not to be added up: with a batch_norm the one shard is the batch
     statistics = [a for layer, given in zip(net, inputs) if layer.op is batch_norm
-                  for a in _statistics(given)]
+                  for a in _statistics(given)[:2]]
     return [value, *grads, *statistics]
 
 
