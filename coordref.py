@@ -6,15 +6,15 @@ A convolution applies the same weights everywhere. So what it makes of a pixel d
 pixels around it and, away from the edges, not on where it is. Liu et al. (2018) found that
 convolutional networks therefore struggle to turn a position into the pixel that it names, or a
 pixel into its position. Their remedy is CoordConv: two more input channels, which hold each
-pixel's row and column. Piekniewski (2018), the critic here, answered that with those channels
-there is nothing to learn: the weights can be written down. To read a coordinate off an image, one
-convolution, one rectifier, one sum and one subtraction suffice. So both use coordinates; the
-dispute is whether it proves anything that training finds such weights. This file holds both sides
-as plain array code, for NumPy and, given CuPy arrays, for the GPU.
+pixel's row and column. Piekniewski (2018), the critic here, answered that there is nothing to
+learn: one convolution with such channels, one rectifier, one sum and one subtraction read a
+coordinate off an image, with weights that can be written down. Both use coordinates; the dispute
+is whether it proves anything that training finds such weights. This file holds both sides as plain
+array code, for NumPy and, given CuPy arrays, for the GPU.
 
-Sections 1 to 5 are the subject, and can be explained without the others. Section 6 makes
-convolution fast. Sections 7 to 9 add what the paper's networks and their training need, and
-section 10 holds files and the checks of arguments. Python 3.11 and NumPy 2.0 are enough.
+Sections 1 to 5 are the subject, and need no others. Section 6 makes convolution fast, 7 to 9 add
+what the paper's networks and their training need, and 10 holds files and the checks of arguments.
+Python 3.11 and NumPy 2.0 are enough.
 
 Notation:
 N images, C channels in, F filters (channels out), K coordinate channels, G groups; *size, *kernel
@@ -25,9 +25,6 @@ dx, dw and db are the gradients of the loss with respect to x, w and b, and like
 A position is (row, col), and each of the two is a coordinate. The rank is the number of spatial
 axes. xp is numpy or cupy, the module of the arrays; array_module(x) finds it.
 
-Some private helpers stand in sections 6 and 10, after their use. A name that begins with _need is
-a check, and raises an error unless it holds.
-
 Conventions:
 "Convolution" is cross-correlation, as in PyTorch: the kernel is not flipped. Coordinate channels
 come after the input's: one per axis, in axis order, then the radius, if it is asked for. On the
@@ -35,30 +32,16 @@ unit scale an axis runs from -1 to 1, on the pixel scale it counts pixels from 0
 distance from where all coordinates are 0.
 
 Below every layer and loss f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
-**options). It takes dy, the upstream gradient, shaped as f's output, and then the same arguments
-as f. It returns dx and one gradient for each of params, or just dx if f has none.
+**options). It takes the upstream gradient dy, shaped as f's output, and then the same arguments as
+f. It returns dx and one gradient for each of params, or just dx if f has none.
 
-The decorator above a function states the shapes of its arrays; if it is empty, the docstring does.
-For conv:
-
-    @_checked(x="N C *size", w="F C/G *kernel", b="F?")
-
-    *size *kernel *out      one or more axes, the same number in all of them
-    ...                     any number of axes
-    1                       an axis of length 1
-    C+K                     C plus the number of coordinate channels
-    F?                      the array may be None
-
-Equal names are equal lengths, throughout a call. The other arguments are checked by their names,
-in a table near the end of the file, _OPTIONS, and brought to one form before the function sees
-them: for images of rank 2 a stride of 2 becomes (2, 2), and a padding of 1 becomes ((1, 1),
-(1, 1)). An error tells what was wanted and what came:
-
-    conv: w must be (F, C/G, *kernel), where C = 3 channels, G = groups = 1, got x.shape=...
-
-An argument of the wrong kind raises TypeError, one of the wrong value or shape ValueError. Arrays
-with a stated shape share one module and one dtype, float32 or float64, and so does the result.
-Public functions never write to their arguments.
+The line above a function, such as @_checked(x="N C *size", w="F C/G *kernel", b="F?"), states the
+shapes of its arrays. Equal names are equal lengths, "..." is any axes, and F? may be None. Options
+are checked by their names, and completed: for images of rank 2 a stride of 2 becomes (2, 2) before
+the function sees it. Arrays share one module and one dtype, float32 or float64, and so does the
+result. An argument of the wrong kind raises TypeError, one of the wrong value or shape ValueError.
+Public functions never write to their arguments. Private helpers that begin with _need raise an
+error unless something holds; they and a few others stand in sections 6 and 10.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -98,7 +81,7 @@ import numpy as np
 
 __version__ = "0.3.0"
 
-# The table of contents: a line or more for each section but the sixth, which has no public name.
+# The table of contents: the public names of sections 1 to 5 and 7 to 10.
 __all__ = """
   axis_coords coord_channels add_coords add_coords_backward
   decode encode
@@ -118,9 +101,8 @@ __all__ = """
 
 
 def _checked(**shapes):
-    """Decorator: check f's arguments, and fill in its options, before f is called. _arguments of
-    section 10 does the work: it returns all arguments by name, or raises _Refused, which becomes a
-    TypeError or a ValueError here."""
+    """Decorator: check f's arguments, and complete its options, before f is called. _arguments of
+    section 10 returns them all by name, or raises _Refused, which becomes an error here."""
     def decorate(f):
         @functools.wraps(f)
         def checked(*args, **options):
@@ -206,37 +188,34 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 
 # 2 THE CRITIC'S ANSWER ---------------------------------------------------------------------------
 #
-# Here are two formulas, which section 5 wires as networks, and two functions, decode and encode,
-# which get the same results more directly.
-#
 # Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis after the
 # other. Let W be its length, let X hold each pixel's coordinate along it, from 0 to W - 1, and let
 # p be the coordinate of the hot pixel. The critic reads p off the image as
 #
 #   p = W - sum_pixels relu(W * A - X)                          where relu(x) = max(x, 0)
 #
-# At the hot pixel the rectifier gets W - p, which is above 0, and keeps it. Elsewhere it gets -X,
-# which is not above 0, and gives 0. With W = 4 and p = 1:
+# At the hot pixel the rectifier gets W - p, which is above 0. Elsewhere it gets -X, which is not,
+# and gives 0. With W = 4 and p = 1:
 #
 #   A              0   1   0   0
 #   X              0   1   2   3
 #   W * A - X      0   3  -2  -3
 #   relu           0   3   0   0        the sum is 3, and 4 - 3 = 1
 #
-# The other direction is added here. To draw the one-hot image of a position, with the coordinate
-# p_a along each axis a, give each pixel, with the coordinates i_a, the value
+# The other direction is added here. To draw the one-hot image of the position p, give each pixel i
 #
-#   relu(1 - sum_a |i_a - p_a|)
+#   relu(1 - sum_a |i_a - p_a|)                                 summed over the axes a
 #
-# That is 1 at the pixel p and 0 elsewhere, since coordinates are whole numbers. On one axis, with
-# the same W and p:
+# That is 1 at p and 0 elsewhere, since coordinates are whole numbers. On one axis, with the same W
+# and p:
 #
 #   i              0   1   2   3
 #   |i - p|        1   0   1   2
 #   1 - |i - p|    0   1   0  -1
 #   relu           0   1   0   0
 #
-# decode looks for the hot pixel, since no other adds to the sum, and encode sets it.
+# Section 5 wires both as networks. decode and encode get the same results more directly: they look
+# for the hot pixel, since no other adds to the sum, and set it.
 
 @_checked(image="N 1 *size")
 def decode(image):
@@ -274,23 +253,22 @@ def encode(coords, size, *, dtype=np.float32):
 
 # 3 CONVOLUTION -----------------------------------------------------------------------------------
 #
-# A kernel is a small grid of weights; each place in it is called a tap. A convolution moves the
-# kernel over an image. At each stop it multiplies every weight by the pixel under its tap and adds
-# up the products. With two taps over four pixels:
+# A kernel is a small grid of weights; each place in it is a tap. A convolution moves the kernel
+# over an image. At each stop it multiplies every weight by the pixel under its tap and adds up the
+# products. With two taps over four pixels:
 #
 #   x = [1 2 4 7]     w = [-1 1]      y = [-1*1 + 1*2, -1*2 + 1*4, -1*4 + 1*7] = [1 2 3]
 #
-# In general, with o for the position of an output pixel and k for that of a tap in the kernel,
-# each with one index per spatial axis:
+# In general, with o for the position of an output pixel and k for that of a tap, each with one
+# index per spatial axis:
 #
 #   y[n, f, o] = sum_{c, k} w[f, c, k] * x[n, c, i]      where i = o*stride + k*dilation - before
 #
 # stride is the step from one output pixel to the next, dilation that from one tap to the next, and
 # before is the number of zeros in front of the image: outside of it x counts as 0.
 #
-# This sum is a matrix product. Let the matrix u hold all that is read: a row for each channel and
-# tap, (c, k), and a column for each image and output pixel, (n, o). To fill it is to unfold x:
-# each tap copies the pixels that it reads, for all outputs at once.
+# This sum is a matrix product. To unfold x is to fill a matrix u with all that is read: a row for
+# each channel and tap, (c, k), and a column for each image and output pixel, (n, o).
 #
 #   u[(c, k), (n, o)] = x[n, c, i]          u = [1 2 4]  what tap 0 reads, the pixels 0 to 2
 #                                               [2 4 7]  what tap 1 reads, the pixels 1 to 3
@@ -299,32 +277,24 @@ def encode(coords, size, *, dtype=np.float32):
 #
 #   y = w @ u                               y = [1 2 3]
 #
-# So the gradients are those of a matrix product. Number the rows (c, k) of u by r and the columns
-# (n, o) by j: y[f, j] = sum_r w[f, r] * u[r, j]. In it w[f, r] has the factor u[r, j], and u[r, j]
-# has the factor w[f, r]. By the chain rule, summed over all of y that each of them is a part of,
-#
-#   dw[f, r] = sum_j dy[f, j] * u[r, j]
-#   du[r, j] = sum_f w[f, r] * dy[f, j]
-#
-# The bias is added to each y[f, j], so db[f] = sum_j dy[f, j]. And u only copies pixels, so that a
-# pixel's gradient is the sum of its copies' gradients: to fold du is to add each of its rows to
-# the pixels that the row was copied from. Say that dy = [1 10 100]:
+# So the gradients are those of a matrix product: y[f, j] = sum_r w[f, r] * u[r, j], and therefore
+# dw[f, r] = sum_j dy[f, j] * u[r, j], which is dw = dy @ u.T, and likewise du = w.T @ dy. And u
+# only copies pixels, so that a pixel's gradient is the sum of its copies' gradients: to fold du is
+# to add each of its rows to the pixels that the row was copied from. Say that dy = [1 10 100]:
 #
 #   dw = dy @ u.T                           dw = [1 + 20 + 400, 2 + 40 + 700] = [421 742]
 #   du = w.T @ dy                           du = [-1 -10 -100]  to the pixels 0 to 2
 #                                                [ 1  10  100]  to the pixels 1 to 3
 #   dx = fold(du)                           dx = [-1, 1 - 10, 10 - 100, 100] = [-1 -9 -90 100]
 #
-# u repeats a pixel for every tap that reads it and may be many times as large as x. So only some
-# of its columns exist at a time: those of a block of output pixels, or all if they are few. All
-# this is written for one group. With G groups, the filters of a group see the channels of that
-# group alone, and w, u and y are stacks of G such matrices:
+# u repeats a pixel for every tap that reads it, so only a block of its columns exists at a time.
+# With G groups the filters of a group see the channels of that group alone, and w, u and y are
+# stacks of G such matrices:
 #
 #   y (G, F/G, columns) = w (G, F/G, C/G * taps) @ u (G, C/G * taps, columns)
 
-# How a kernel moves over an image: five tuples with an entry for each spatial axis. These are the
-# number of taps, the stride, the dilation, the number of zeros in front of the image and that of
-# output pixels. As the last says where the kernel stops, the zeros behind need no entry.
+# How a kernel moves over an image: five tuples with an entry for each spatial axis. As the number
+# of output pixels says where the kernel stops, the zeros behind the image need no entry.
 _Window = collections.namedtuple("_Window", "kernel stride dilation before out")
 
 
@@ -333,11 +303,11 @@ def _window(size, kernel, stride, padding, dilation):
     after) pair for each axis."""
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]         # from first to last tap
     if padding == "same":
-        # size / stride outputs, rounded up, and just so much padding that the last one fits. The
-        # comments beside the lines are for 6 pixels, a stride of 2 and a span of 3.
-        wanted = [-(-length // s) for length, s in zip(size, stride)]               # 3 outputs
-        needed = [(m - 1) * s + span for m, s, span in zip(wanted, stride, spans)]  # 7 pixels
-        padding = _halves(max(n - length, 0) for n, length in zip(needed, size))    # a pair (0, 1)
+        # ceil(size / stride) outputs, and just so much padding that the last one fits: for 6
+        # pixels, a stride of 2 and a span of 3 these are 3 outputs, 7 pixels and the pair (0, 1)
+        wanted = [-(-length // s) for length, s in zip(size, stride)]
+        needed = [(m - 1) * s + span for m, s, span in zip(wanted, stride, spans)]
+        padding = _halves(max(n - length, 0) for n, length in zip(needed, size))
     padded = [length + before + after for length, (before, after) in zip(size, padding)]
     out = tuple((length - span) // s + 1 for length, span, s in zip(padded, spans, stride))
     _need_output(size, kernel, padding, out)
@@ -360,8 +330,7 @@ def _halves(totals):
 #   _matrices(w, groups)          w as a stack of matrices, (G, F/G, rows): w.T is w.swapaxes(1, 2)
 #   _product, _add_product        a @ b, and total += a @ b
 #
-# The if at the head of _correlate, and that of _correlate_dx, lead to shortcuts of section 6. A
-# first reading skips them.
+# The if in _correlate and that in _correlate_dx lead to shortcuts, which a first reading skips.
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
@@ -450,17 +419,14 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #   10 * w                10  20  30
 #   y              1   2  13  20  30
 #
-# There is a convolution with the same w that leads from y back to x: call it the reverse. What
-# conv_transpose computes is the reverse's dx, with x for its dy. So the reverse's window serves,
-# where win.out is the size of x. Its channels in are our filters, so that C here is F there:
+# Padding then cuts off pixels before and after. What is computed is dx of a convolution with the
+# same w that leads from y back to x, called the reverse, where x stands for dy and C for F:
 #
 #   conv_transpose     x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
 #   the reverse        dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
-#
-# Of what is painted, padding cuts off pixels before and after, where the reverse has its zeros.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
-    """The window of the convolution from y to x, and the size of y."""
+    """The window of the reverse, whose win.out is the size of x, and the size of y."""
     size = x.shape[2:]
     kernel = w.shape[2:]
     if any(e >= max(s, d) for e, s, d in zip(output_padding, stride, dilation)):
@@ -470,8 +436,8 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
             for n, s, k, d, extra in zip(size, stride, kernel, dilation, output_padding)]
     if padding == "same":
         # y is to have size * stride pixels, so the surplus is cut off, half of it on either side.
-        # There may be too few: x = [1 10] with a single tap and a stride of 3 paints [1 0 0 10],
-        # and 6 pixels are wanted. Then the surplus is -2, and the padding (0, -2) adds two zeros.
+        # It may be -2: x = [1 10] with a single tap and a stride of 3 paints [1 0 0 10], and 6
+        # pixels are wanted. Then the padding (0, -2) adds two zeros.
         surplus = [m - n * s for m, n, s in zip(full, size, stride)]
         padding = [(0, m) if m < 0 else pair for m, pair in zip(surplus, _halves(surplus))]
     y_size = tuple(m - before - after for m, (before, after) in zip(full, padding))
@@ -491,8 +457,8 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     stride, padding, dilation, groups : as in conv, but "same" gives an output of size * stride
     output_padding : an integer, or one per axis, below the larger of stride and dilation, as in
         PyTorch: so many extra pixels at the end of y. With 3 taps and a stride of 2, conv turns 5
-        pixels, and also 6, into 2; so conv_transpose turns 2 into 5, or with an output_padding of
-        1 into 6. With "same" y keeps its size, and only what is cut off changes.
+        pixels, and also 6, into 2; so 2 become 5, or 6 with an output_padding of 1. With "same" y
+        keeps its size, and only what is cut off changes.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -504,9 +470,8 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
 @_checked(dy="N F *out", x="N C *size", w="C F/G *kernel", b="F?")
 def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1,
                             groups=1):
-    """dx, dw and db of conv_transpose. As y is the reverse's dx, dx is the reverse of dy, and dw
-    is found as in conv, with x and dy exchanged. Both take the same u: dx = w @ unfold(dy), and
-    dw = x @ unfold(dy).T."""
+    """dx, dw and db of conv_transpose: the reverse of dy, dx = w @ unfold(dy), and as in conv, but
+    with x and dy exchanged, dw = x @ unfold(dy).T."""
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
     _need_shape(dy, (len(x), w.shape[1] * groups, *y_size))
     dx = array_module(x).empty(x.shape, x.dtype)
@@ -527,8 +492,8 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
 #   conv(add_coords(x), w, b) = conv(x, w[:, :C]) + conv(coords, w[:, C:], b)
 #
 # The second part is the same for every image. So CoordConv adds to a convolution a bias that
-# depends on the position, and the coordinates' weights decide how. Where the kernel reaches beyond
-# the image, coordinates count as 0 there, as pixels do.
+# depends on the position, as the coordinates' weights decide. Outside of the image coordinates
+# count as 0, as pixels do.
 
 def _images_and_coords(x, size, radius, scale):
     """The images, repeated over size if a size is given; and their coordinate channels as a batch
@@ -598,10 +563,15 @@ def relu(x):
 @_checked(dy="...", x="...")
 def relu_backward(dy, x):
     """dx = dy where x > 0, else 0."""
-    # This is where(x > 0, dy, 0) in a tenth of the time: the bits of dy, as integers, times 1 or
-    # 0. To multiply dy itself would make NaN of an infinite dy where x is not above 0.
-    bits = dy.view(f"i{dy.itemsize}")
-    return (bits * (x > 0)).view(dy.dtype)
+    return _where(x > 0, dy)
+
+
+def _where(mask, a):
+    """a where mask holds, else 0."""
+    # In a tenth of the time of where(mask, a, 0): the bits of a, as integers, times 1 or 0. To
+    # multiply a itself would make NaN of an infinity that the mask leaves out.
+    bits = a.view(f"i{a.itemsize}")
+    return (bits * mask).view(a.dtype)
 
 
 @_checked(x="N C *size")
@@ -1027,32 +997,36 @@ def _pool_window(x, kernel, stride, padding):
     return _window(size, kernel, stride or kernel, padding, (1,) * len(size))
 
 
-def _unfold_pool(x, win, outside):
-    """What each window of a pool reads, (N, C, taps, *out), or the whole image, (N, C, pixels)."""
-    if win is None:
-        return _pixels(x)
-    N, C, *size = x.shape                               # for _reads A is N * C, and B is 1
-    u = array_module(x).full((N * C, *win.kernel, 1, *win.out), outside, x.dtype)
-    for part, read in _reads(u, x.reshape(N * C, 1, *size), _whole(win), win):
-        part[...] = read
-    return u.reshape(N, C, math.prod(win.kernel), *win.out)
+def _pooled_shape(x, win):
+    """(N, C, *out), or (N, C) for the whole image."""
+    return (*x.shape[:2], *(win.out if win else ()))
 
 
-def _fold_pool(du, x, win):
-    """The transpose of _unfold_pool: dx, (N, C, *size)."""
-    if win is None:
-        return du.copy().reshape(x.shape)
-    N, C, *size = x.shape
-    dx = array_module(x).zeros((N * C, 1, *size), x.dtype)
-    du = du.reshape(N * C, *win.kernel, 1, *win.out)
-    for part, read in _reads(du, dx, _whole(win), win):
-        read += part
-    return dx.reshape(x.shape)
+# The largest pixel of a window is the largest among the largest of its rows, and so it is with
+# sums. So a pool goes along one axis after the other, the last one first, and a window of 7x7
+# takes 7 + 7 taps.
+
+def _taps(x, y, axis, win):
+    """For each tap of a pool along a spatial axis of x (N, C, *size): the pixels that it reads,
+    and the outputs for which it does, as views of x and of y."""
+    axes_before = (slice(None),) * (2 + axis)
+    for k in range(win.kernel[axis]):
+        outputs, pixels = _inside(
+            k - win.before[axis], win.stride[axis], win.out[axis], x.shape[2 + axis])
+        yield x[*axes_before, pixels], y[*axes_before, outputs]
 
 
-def _whole(win):
-    """All outputs of a window, as a slice for each axis."""
-    return [slice(0, m) for m in win.out]
+def _pool_steps(x, win, combine, start):
+    """Pool x (N, C, *size) with combine, maximum or add. Returns for each axis, the last one
+    first, what is pooled along it, and the result."""
+    steps = []
+    for axis in reversed(range(len(win.out))):
+        y = array_module(x).full((*x.shape[:2 + axis], *win.out[axis:]), start, x.dtype)
+        for read, outputs in _taps(x, y, axis, win):
+            combine(outputs, read, out=outputs)
+        steps.append((x, y))
+        x = y
+    return steps
 
 
 @_checked(x="N C *size")
@@ -1063,45 +1037,66 @@ def max_pool(x, *, kernel=None, stride=None, padding=0):
 
     kernel : an integer, one per axis, or None for the whole image
     stride : as in conv; None means kernel
-    padding : as in conv, smaller than the kernel; it counts as -inf, so that it never wins
+    padding : as in conv, smaller than the kernel; it never wins
 
     Of a window with a NaN the maximum is NaN.
     """
     win = _pool_window(x, kernel, stride, padding)
-    return _unfold_pool(x, win, -math.inf).max(axis=2)
+    if win is None:
+        return _pixels(x).max(axis=2)
+    _, y = _pool_steps(x, win, array_module(x).maximum, -math.inf)[-1]
+    return y
 
 
 @_checked(dy="N C ...", x="N C *size")
 def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
-    """dx of max_pool: each window passes its dy to its first largest pixel."""
+    """dx of max_pool: each window passes its dy to its first largest pixel. That is the first one
+    in the first row with the largest."""
     xp = array_module(x)
     win = _pool_window(x, kernel, stride, padding)
-    # a pixel of -inf must win over padding: so it becomes the lowest finite number
-    u = _unfold_pool(xp.maximum(x, np.finfo(x.dtype).min), win, -math.inf)
-    _need_shape(dy, (*u.shape[:2], *u.shape[3:]))
-    du = xp.zeros_like(u)
-    xp.put_along_axis(du, u.argmax(axis=2)[:, :, None], dy[:, :, None], axis=2)
-    return _fold_pool(du, x, win)
+    _need_shape(dy, _pooled_shape(x, win))
+    if win is None:
+        dx = xp.zeros(_pixels(x).shape, x.dtype)
+        xp.put_along_axis(dx, _pixels(x).argmax(axis=2)[:, :, None], dy[:, :, None], axis=2)
+        return dx.reshape(x.shape)
+    for axis, (x, y) in enumerate(reversed(_pool_steps(x, win, xp.maximum, -math.inf))):
+        dx = xp.zeros(x.shape, x.dtype)
+        left = dy.copy()                                # what no pixel has got
+        for (read, outputs), (dread, doutputs) in zip(
+                _taps(x, y, axis, win), _taps(dx, left, axis, win)):
+            largest = (read == outputs) | xp.isnan(read)
+            dread += _where(largest, doutputs)
+            doutputs[...] = _where(~largest, doutputs)
+        dy = dx
+    return dy
 
 
 @_checked(x="N C *size")
 def mean_pool(x, *, kernel=None, stride=None, padding=0):
     """The mean of each window, padded zeros included, or of the whole image; options as max_pool.
     """
-    u = _unfold_pool(x, _pool_window(x, kernel, stride, padding), 0)
-    return u.sum(axis=2) / u.shape[2]
+    win = _pool_window(x, kernel, stride, padding)
+    if win is None:
+        return _pixels(x).sum(axis=2) / math.prod(x.shape[2:])
+    _, total = _pool_steps(x, win, array_module(x).add, 0)[-1]
+    return total / math.prod(win.kernel)
 
 
 @_checked(dy="N C ...", x="N C *size")
 def mean_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     """dx of mean_pool: each window shares its dy out evenly."""
+    xp = array_module(x)
     win = _pool_window(x, kernel, stride, padding)
-    out = () if win is None else win.out
-    taps = math.prod(x.shape[2:] if win is None else win.kernel)
-    _need_shape(dy, (*x.shape[:2], *out))
-    share = (dy / taps)[:, :, None]
-    du = array_module(x).broadcast_to(share, (*x.shape[:2], taps, *out))
-    return _fold_pool(du, x, win)
+    _need_shape(dy, _pooled_shape(x, win))
+    if win is None:
+        return xp.broadcast_to(_over(dy / math.prod(x.shape[2:]), x), x.shape).copy()
+    dy = dy / math.prod(win.kernel)
+    for axis in range(len(win.out)):
+        dx = xp.zeros((*x.shape[:3 + axis], *dy.shape[3 + axis:]), x.dtype)
+        for dread, doutputs in _taps(dx, dy, axis, win):
+            dread += doutputs
+        dy = dx
+    return dy
 
 
 def _statistics(x):
