@@ -8,12 +8,13 @@ convolutional networks therefore struggle to turn a position into the pixel that
 pixel into its position. Their remedy is CoordConv: two more input channels, which hold each
 pixel's row and column. Piekniewski (2018), the critic here, answered that there is nothing to
 learn: one convolution with such channels, one rectifier, one sum and one subtraction read a
-coordinate off an image, with weights that can be written down. Both use coordinates; the dispute
-is whether it proves anything that training finds such weights. This file holds both sides as plain
-array code, for NumPy and, given CuPy arrays, for the GPU.
+coordinate off an image, with weights that can be written down. So both use coordinates, and
+dispute whether finding such weights by training proves anything. This file holds both sides as
+plain array code, for NumPy and, given CuPy arrays, for the GPU.
 
-Sections 1 to 5 are the subject, and need no others. Section 6 makes convolution fast, 7 to 9 add
-what the paper's networks and their training need, and 10 holds files and the checks of arguments.
+Sections 1 to 5 are the subject, and can be explained without the others. Section 6 makes
+convolution fast, 7 to 9 add what the paper's networks and their training need, and 10 holds files
+and the checks of arguments.
 Python 3.11 and NumPy 2.0 are enough.
 
 Notation:
@@ -36,12 +37,14 @@ Below every layer and loss f(x, *params, **options) stands its gradient, f_backw
 f. It returns dx and one gradient for each of params, or just dx if f has none.
 
 The line above a function, such as @_checked(x="N C *size", w="F C/G *kernel", b="F?"), states the
-shapes of its arrays. Equal names are equal lengths, "..." is any axes, and F? may be None. Options
-are checked by their names, and completed: for images of rank 2 a stride of 2 becomes (2, 2) before
-the function sees it. Arrays share one module and one dtype, float32 or float64, and so does the
-result. An argument of the wrong kind raises TypeError, one of the wrong value or shape ValueError.
-Public functions never write to their arguments. Private helpers that begin with _need raise an
-error unless something holds; they and a few others stand in sections 6 and 10.
+shapes of its arrays. Equal names are equal lengths, C+K is C plus the number of coordinate
+channels, "..." is any number of axes, and F? may be None. All these arrays share one module and
+one dtype, float32 or float64, and so does the result. A table near the end, _OPTIONS, says what an
+option of a name may be, in all functions. Options are completed before the function sees them: for
+images of rank 2 a stride of 2 becomes (2, 2). An argument of the wrong kind raises TypeError, one
+of the wrong value or shape ValueError. Public functions never write to their arguments. Private
+helpers that begin with _need raise an error unless something holds; they and a few others stand in
+sections 6 and 10.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -224,9 +227,6 @@ def decode(image):
 
     >>> decode(np.array([[[[0., 0., 0.], [0., 0., 1.]]]])).tolist()
     [[1.0, 2.0]]
-    >>> A, X = np.array([0., 1., 0., 0.]), np.arange(4)                 # the formula, on one axis
-    >>> float(4 - np.maximum(4 * A - X, 0).sum())
-    1.0
     """
     xp = array_module(image)
     size = image.shape[2:]
@@ -277,10 +277,11 @@ def encode(coords, size, *, dtype=np.float32):
 #
 #   y = w @ u                               y = [1 2 3]
 #
-# So the gradients are those of a matrix product: y[f, j] = sum_r w[f, r] * u[r, j], and therefore
-# dw[f, r] = sum_j dy[f, j] * u[r, j], which is dw = dy @ u.T, and likewise du = w.T @ dy. And u
-# only copies pixels, so that a pixel's gradient is the sum of its copies' gradients: to fold du is
-# to add each of its rows to the pixels that the row was copied from. Say that dy = [1 10 100]:
+# So the gradients are those of a matrix product. With r for a row of u and j for a column,
+# y[f, j] = sum_r w[f, r] * u[r, j], and therefore dw[f, r] = sum_j dy[f, j] * u[r, j], which is
+# dw = dy @ u.T, and likewise du = w.T @ dy. And u only copies pixels, so that a pixel's gradient
+# is the sum of its copies' gradients: to fold du is to add each of its rows to the pixels that the
+# row was copied from. Say that dy = [1 10 100]:
 #
 #   dw = dy @ u.T                           dw = [1 + 20 + 400, 2 + 40 + 700] = [421 742]
 #   du = w.T @ dy                           du = [-1 -10 -100]  to the pixels 0 to 2
@@ -321,12 +322,11 @@ def _halves(totals):
 
 # The three products, block by block. What they call stands in section 6:
 #
-#   _unfold(x, y, win, groups)    yields blocks of y, each a slice of the images and of each axis
-#                                 of pixels, and their columns of u, (G, rows, columns)
-#   _blocks(x, y, win)            yields the blocks alone
+#   _blocks(x, y, win)            yields blocks of y, as slices: of images, of rows, of columns
+#   _unfold(x, y, win, groups)    yields each block with its columns of u, (G, rows, columns)
 #   _fold(du, dx, block, win)     adds such columns to the pixels of dx
 #   _columns(y, block, groups)    the columns of a block of y, (G, F/G, columns)
-#   _set_columns(y, block, ...)   writes columns to a block of y
+#   _set_columns(y, block, cols)  writes such columns to a block of y
 #   _matrices(w, groups)          w as a stack of matrices, (G, F/G, rows): w.T is w.swapaxes(1, 2)
 #   _product, _add_product        a @ b, and total += a @ b
 #
@@ -420,13 +420,15 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #   y              1   2  13  20  30
 #
 # Padding then cuts off pixels before and after. What is computed is dx of a convolution with the
-# same w that leads from y back to x, called the reverse, where x stands for dy and C for F:
+# same w that leads from y back to x, called the reverse here. Its names stand below ours:
 #
 #   conv_transpose     x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
 #   the reverse        dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
+#
+# So the reverse's window has the size of our x for its out.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
-    """The window of the reverse, whose win.out is the size of x, and the size of y."""
+    """The window of the reverse, and the size of y."""
     size = x.shape[2:]
     kernel = w.shape[2:]
     if any(e >= max(s, d) for e, s, d in zip(output_padding, stride, dilation)):
@@ -470,8 +472,12 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
 @_checked(dy="N F *out", x="N C *size", w="C F/G *kernel", b="F?")
 def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1,
                             groups=1):
-    """dx, dw and db of conv_transpose: the reverse of dy, dx = w @ unfold(dy), and as in conv, but
-    with x and dy exchanged, dw = x @ unfold(dy).T."""
+    """dx, dw and db of conv_transpose.
+
+    dx = w @ unfold(dy), as y of conv, with dy for x
+    dw = x @ unfold(dy).T, as dw of conv, with x and dy exchanged
+    db[f] = sum_{n, i} dy[n, f, i]
+    """
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
     _need_shape(dy, (len(x), w.shape[1] * groups, *y_size))
     dx = array_module(x).empty(x.shape, x.dtype)
@@ -718,9 +724,9 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
 
 # 6 HOW CONVOLUTION IS MADE FAST ------------------------------------------------------------------
 #
-# Nothing in this section changes more than rounding. The products of section 3 get a block at a
-# time, columns that about fit in a cache; unfold and fold move slices, not single pixels; and
-# there are two shortcuts. Two sums that keep float32 accurate end the section.
+# What this section does changes results by rounding alone. The products get a block of columns
+# that about fits in a cache; unfold and fold move slices, not single pixels; and there are two
+# shortcuts. Two sums that keep float32 accurate end the section.
 
 _BLOCK = 2 ** 20                # numbers of u that exist at a time, at most
 
@@ -743,8 +749,8 @@ def _blocks(x, y, win):
         steps.insert(0, min(n, columns // math.prod(steps)))
     pixels = math.prod(steps)
     # Small images share a block: 64 of 12x12 took four times as long one by one. But they have no
-    # more than 4096 columns together, since a product may add up columns in turn, with a rounding
-    # each. Larger images come one by one; where u is x, it is a view of x then.
+    # more than 4096 columns together: dw is a sum over columns, and a product may add them up in
+    # turn, with a rounding each.
     if on_cpu:
         columns = min(columns, 4096)
     images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
@@ -813,13 +819,12 @@ def _reads_along(outputs, taps, stride, dilation, before, n):
 
 
 def _reads(u, x, outputs, win):
-    """Pairs of views of the same shape: of a part of u (A, *kernel, B, *out), and of the pixels of
-    x (A, B, *size) that it reads. outputs has a slice for each axis. In a convolution A stands for
-    the channels and B for the images; in a pool A is both and B is 1.
+    """Pairs of views of the same shape: of a part of u (C, *kernel, images, *out), and of the
+    pixels of x (C, images, *size) that it reads. outputs has a slice for each axis.
 
-    First the axes of u get the order A, B, k1, o1, k2, o2, ... For each spatial axis one of k and
-    o is then a number, which drops its axis, and the other a slice, as long as the slice of the
-    pixels. With one axis that is u[:, :, k, outputs], or u[:, :, taps, o], and x[:, :, pixels].
+    First the axes of u get the order C, images, k1, o1, k2, o2, ... For each spatial axis one of k
+    and o is then a number, which drops its axis, and the other a slice, as long as that of the
+    pixels. With one axis this is u[:, :, k, outputs], or u[:, :, taps, o], and x[:, :, pixels].
     """
     rank = len(outputs)
     axes = [_reads_along(*along) for along in zip(
@@ -839,8 +844,8 @@ def _shape_of_u(x, block, win):
 
 def _unfold(x, y, win, groups):
     """Yields each block of the output y and its columns of u, (G, rows, columns). Unless u is x,
-    all blocks share the memory of the first, which is the largest: new memory for each took up to
-    three times as long as all the rest."""
+    all blocks share the memory of the first, which is the largest: new memory took up to three
+    times as long as all the rest."""
     if _reads_own_pixel(win, x.shape[2:]):
         for block in _blocks(x, y, win):
             yield block, _columns(x, block, groups)
@@ -899,9 +904,9 @@ def _reads_own_pixel(win, size):
 
 
 def _is_pointwise(x, w, win):
-    """Whether y = w @ x may go image by image: each output reads its own pixel, to read w again
-    for each image takes no longer than to read the image and to write y, and there are pixels
-    enough for a product of their own."""
+    """Whether y = w @ x goes image by image. Each output must read its own pixel; an image must
+    have 64 or more of them; and w, which is read again for each image, must not be larger than
+    the image and its output."""
     pixels = math.prod(win.out)
     return _reads_own_pixel(win, x.shape[2:]) and pixels >= 64 and (
         w.size <= (x.shape[1] + len(w)) * pixels)
@@ -921,9 +926,9 @@ def _pointwise(x, w, groups):
 def _is_mirroring_faster(dy, w, win, size, groups):
     """Whether dx is found faster as that convolution. Its u has F * size numbers for each tap,
     where du has C * out; and to fill in a number of u takes half as long as to add one of du to
-    dx. The mirrored copy of w must be worth its time, and it must not take more than 16 MiB. And
-    w must be finite, as that convolution also multiplies it by zeros outside of dy. To find out
-    one would have to wait for a GPU, so there the answer is always no."""
+    dx. The mirrored copy of w, of F * C * taps numbers, must not take longer than du, of N * C *
+    out * taps, nor more than 16 MiB. And w must be finite, as that convolution also multiplies it
+    by zeros outside of dy. A GPU would have to be waited for to know, so there it is always no."""
     F = dy.shape[1]
     C = w.shape[1] * groups
     outputs = math.prod(win.out)
@@ -988,12 +993,14 @@ def _pool_window(x, kernel, stride, padding):
     size = x.shape[2:]
     _need(math.prod(size), f"x must have pixels, got x.shape={x.shape}")
     if kernel is None:
-        _need(stride is None and padding == ((0, 0),) * len(size),
-              "stride and padding must be left out without a kernel")
+        if stride or padding != ((0, 0),) * len(size):
+            raise _Refused("stride and padding must be left out without a kernel, got "
+                           f"{_shown(stride)}, {_shown(padding)}")
         return None
-    # else there would be windows of nothing but padding, which have no largest pixel
-    _need(padding == "same" or all(max(pair) < k for pair, k in zip(padding, kernel)),
-          f"padding must be smaller than the kernel {kernel}, got {padding}")
+    # a window of nothing but padding has no largest pixel
+    if padding != "same" and any(max(pair) >= k for pair, k in zip(padding, kernel)):
+        raise _Refused(f"padding must be smaller than the kernel {_shown(kernel)}, got "
+                       f"{_shown(padding)}")
     return _window(size, kernel, stride or kernel, padding, (1,) * len(size))
 
 
@@ -1010,9 +1017,11 @@ def _taps(x, y, axis, win):
     """For each tap of a pool along a spatial axis of x (N, C, *size): the pixels that it reads,
     and the outputs for which it does, as views of x and of y."""
     axes_before = (slice(None),) * (2 + axis)
-    for k in range(win.kernel[axis]):
-        outputs, pixels = _inside(
-            k - win.before[axis], win.stride[axis], win.out[axis], x.shape[2 + axis])
+    n = x.shape[2 + axis]
+    taps, stride, _, before, count = (entry[axis] for entry in win)
+    # the other taps lie outside of the image for all outputs
+    for k in range(max(before - (count - 1) * stride, 0), min(before + n, taps)):
+        outputs, pixels = _inside(k - before, stride, count, n)
         yield x[*axes_before, pixels], y[*axes_before, outputs]
 
 
@@ -1050,8 +1059,7 @@ def max_pool(x, *, kernel=None, stride=None, padding=0):
 
 @_checked(dy="N C ...", x="N C *size")
 def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
-    """dx of max_pool: each window passes its dy to its first largest pixel. That is the first one
-    in the first row with the largest."""
+    """dx of max_pool: each window passes its dy to its first largest pixel, row by row."""
     xp = array_module(x)
     win = _pool_window(x, kernel, stride, padding)
     _need_shape(dy, _pooled_shape(x, win))
@@ -1110,7 +1118,8 @@ def _statistics(x):
 
 def _normalised(x, mean, var, eps):
     """(x - mean) / sqrt(var + eps), and 1 / sqrt(var + eps)."""
-    _need((mean is None) == (var is None), "mean and var must be given together or not at all")
+    _need((mean is None) == (var is None), "mean and var must be given together or not at all, "
+          f"got only {'var' if mean is None else 'mean'}")
     if mean is None:
         _need(x.size, f"x must not be empty, got x.shape={x.shape}")
         _, var, xhat = _statistics(x)
@@ -1209,7 +1218,7 @@ def softmax_cross_entropy_backward(dy, logits, target):
     dlogits[n, i] = dy / N * (p[n, i] * sum_j target[n, j] - target[n, i])
     dtarget[n, i] = -dy / N * log p[n, i]
 
-    With others for sum_j target[n, j] - target[n, i], the brackets are p * others - (1 - p) *
+    With others for sum_j target[n, j] - target[n, i], the bracket is p * others - (1 - p) *
     target, which keeps its accuracy where p is almost 1.
     """
     _need_examples(logits)
@@ -1297,18 +1306,18 @@ def _conv_layer(C, F, kernel, *, op=conv, rng, dtype, xp, **options):
 
 @_checked()
 def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.float32, xp=np):
-    """The paper's CoordConv network from a coordinate (N, len(size), 1, ...) to the logits of a
+    """The paper's CoordConv network from a position (N, len(size), 1, ...) to the logits of a
     pixel map (N, 1, *size).
 
-    The coordinate repeated over the grid, coordinate channels, and five 1x1 convolutions with 32,
+    The position repeated over the grid, coordinate channels, and five 1x1 convolutions with 32,
     32, 64, 64 and 1 filters and rectifiers between them: 7,553 parameters.
 
     start : "he", the paper's, or "relative", which is coordref's own: the first layer's weights
-        for the coordinate that comes in are from U(-1, 1), those for the coordinate channels are
+        for the position that comes in are from U(-1, 1), those for the coordinate channels are
         their negatives, and its biases are from U(-0.5, 0.5). So it starts from the differences
-        between that coordinate and each pixel's: as long as it is untrained, another coordinate
-        only moves the image. With this start the weights of the last layer, which no rectifier
-        follows, have the variance 1 / fan_in.
+        between that position and each pixel's: as long as it is untrained, another position only
+        moves the image. With this start the weights of the last layer, which no rectifier follows,
+        have the variance 1 / fan_in.
     """
     K = len(size)
     pixel = (1,) * K
@@ -1329,7 +1338,7 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
 @_checked()
 def coordconv_renderer(*, start="he", size=(64, 64), kernel=3, width=1, rng=None, dtype=np.float32,
                        xp=np):
-    """The paper's CoordConv network from a coordinate (N, len(size), 1, ...) to the logits of a
+    """The paper's CoordConv network from a position (N, len(size), 1, ...) to the logits of a
     square (N, 1, *size).
 
     coordconv_painter, a softmax over the pixels, then five convolutions with 8, 8, 16, 16 and 1
@@ -1348,7 +1357,7 @@ def coordconv_renderer(*, start="he", size=(64, 64), kernel=3, width=1, rng=None
 
 @_checked()
 def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
-    """The paper's CoordConv network from a one-hot image (N, 1, *size) to its coordinate
+    """The paper's CoordConv network from a one-hot image (N, 1, *size) to its position
     (N, len(size)); 906 parameters for two axes. Only size's length counts: the weights fit any.
 
     A CoordConv of 1x1, convolutions of 1x1, 1x1 and 3x3, 8 filters each, one of 3x3 with a filter
@@ -1383,10 +1392,10 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     split : "uniform" tests a random quarter of the positions, the draw of the paper's repository:
         2368 train and 768 test (the paper says 80/20). "quadrant" tests the positions beyond the
         middle of both axes, row > canvas/2 and col > canvas/2: 2407 train and 729 test.
-    task : "classification": from a coordinate (M, 2, 1, 1) to the image of its pixel
+    task : "classification": from a position (M, 2, 1, 1) to the image of its pixel
         (M, 1, canvas, canvas); "rendering": to the square around it, of ones, in the paper's code
-        of 128/255; "regression": from the image of a pixel to its coordinate (M, 2)
-    scale : "unit": a coordinate that a network gets runs from -1 to 1, one that it should give is
+        of 128/255; "regression": from the image of a pixel to its position (M, 2)
+    scale : "unit": a position that a network gets runs from -1 to 1, one that it should give is
         divided by canvas; "pixel": both are in pixels. The paper's code has pixels for the first
         and divides the second.
 
@@ -1473,7 +1482,8 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
           learning_rate=0.005, l2=0.0, beta1=0.9, beta2=0.99, eps=1e-8, workers=1, comm=None):
     """Train a network with Adam. Returns an iterator over the States after each step, from step
     state.step + 1 to step number steps, counted from the beginning of the training. A step takes
-    batch_size examples, in another random order in each epoch.
+    batch_size examples, the last step of an epoch those that are left. Each epoch has a random
+    order of its own.
 
     x, target : arrays with an entry for each example along their first axis
     loss : a function of the network's output and the target, a mean over the examples:
@@ -1563,7 +1573,7 @@ def _next_state(state, sums, adam, learning_rate, l2):
     statistics = iter(sums[len(params):])               # a mean and a variance for each batch_norm
     step = state.step + 1
     updates = []
-    for p, dp, m, v in zip(params, sums, state.m, state.v):
+    for p, dp, m, v in zip(params, sums, state.m, state.v):         # not to the statistics
         if p.ndim > 1:
             value = value + l2 * (p * p).sum()
             dp = dp + 2 * l2 * p
@@ -1893,34 +1903,29 @@ def _rank(arrays, axes):
 def _check_shapes(arrays, axes, rank, given):
     """Check that each name stands for the same lengths in all arrays."""
     lengths = {"1": (1,)}
+    G = given.get("groups", 1)
+    K = (rank or 0) + given.get("radius", False)        # the number of coordinate channels
     for name, a in arrays.items():
         *named, last = axes[name]
         parts = [(n,) for n in a.shape[:len(named)]] + [a.shape[len(named):]]
         for axis, part in zip(axes[name], parts):
-            letter, here, where = _solved(axis, part, rank, given)
+            letter, here = axis, part
+            if axis.endswith("/G"):                     # with n for C/G, C is n * G
+                letter, here = axis[0], (part[0] * G,)
+            elif axis.endswith("+K"):                   # with n for C+K, C is n - K
+                letter, here = axis[0], (part[0] - K,)
             # the first array with this name says what it stands for, the others must agree
             known = lengths.setdefault(letter, here)
             if known != here:
+                where = {"/G": f"G = groups = {_shown(G)}", "+K": f"K = {K} coordinates"}.get(
+                    axis[1:], "equal names are equal lengths")
                 if letter in ("C", "F"):
                     kind = "channels" if letter == "C" else "filters"
                     where = f"{letter} = {known[0]} {kind}, {where}"
                 raise _wrong_shape(name, arrays, axes, where)
-    G = given.get("groups", 1)
     if G > 1 and (lengths["C"][0] % G or lengths["F"][0] % G):
-        raise _Refused(f"groups={G} must divide the {lengths['C'][0]} channels and the "
+        raise _Refused(f"groups={_shown(G)} must divide the {lengths['C'][0]} channels and the "
                        f"{lengths['F'][0]} filters")
-
-
-def _solved(axis, part, rank, given):
-    """What lengths, a tuple, say of the name of an axis: with n for C/G, C is n * G, and with n
-    for C+K it is n - K. Returns the name, its lengths, and how they were found."""
-    if axis.endswith("/G"):
-        G = given["groups"]
-        return axis[0], (part[0] * G,), f"G = groups = {G}"
-    if axis.endswith("+K"):
-        K = rank + given["radius"]
-        return axis[0], (part[0] - K,), f"K = {K} coordinates"
-    return axis, part, "equal names are equal lengths"
 
 
 def _wrong_shape(name, arrays, axes, where="equal names are equal lengths"):
@@ -2071,7 +2076,7 @@ def _network(name, net, rank):
 
 
 def _kernel(name, value, rank):
-    """The size of a kernel: an integer for a model, one per axis for a pool."""
+    """The size of a kernel: an integer for a network, one per axis for a pool."""
     check = _integer(1) if rank is None else _integers(1)
     return check(name, value, rank)
 
@@ -2109,8 +2114,8 @@ _OPTIONS = {
 def _need_output(size, kernel, padding, out):
     """Check that a window leaves an output, and one that a memory can hold."""
     if min(size + kernel + out) < 1 or math.prod(out) >= 2 ** 48:
-        raise _Refused(f"kernel {kernel}, dilation, stride and padding {_shown(padding)} must fit "
-                       f"an image of {size}, got an output of {_shown(out)} pixels")
+        raise _Refused(f"kernel {_shown(kernel)}, dilation, stride and padding {_shown(padding)} "
+                       f"must fit an image of {size}, got an output of {_shown(out)} pixels")
 
 
 def _pixels(x):
