@@ -38,13 +38,13 @@ f. It returns dx and one gradient for each of params, or just dx if f has none.
 
 The line above a function, such as @_checked(x="N C *size", w="F C/G *kernel", b="F?"), states the
 shapes of its arrays. Equal names are equal lengths, C+K is C plus the number of coordinate
-channels, "..." is any number of axes, and F? may be None. All these arrays share one module and
-one dtype, float32 or float64, and so does the result. A table near the end, _OPTIONS, says what an
-option of a name may be, in all functions. Options are completed before the function sees them: for
-images of rank 2 a stride of 2 becomes (2, 2). An argument of the wrong kind raises TypeError, one
-of the wrong value or shape ValueError. Public functions never write to their arguments. Private
-helpers that begin with _need raise an error unless something holds; they and a few others stand in
-sections 6 and 10.
+channels, 1 is an axis of length 1, "..." any number of axes, and an array whose shape ends in ?
+may be None. All these arrays share one module and one dtype, float32 or float64, and so does the
+result. A table near the end, _OPTIONS, says what an option may be. Options are completed before
+the function sees them: for images of rank 2 a stride of 2 becomes (2, 2). An argument of the wrong
+kind raises TypeError, one of the wrong value or shape ValueError. Public functions never write to
+their arguments. Private helpers that begin with _need raise an error unless something holds; they
+and a few others stand in sections 6 and 10.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -84,7 +84,7 @@ import numpy as np
 
 __version__ = "0.3.0"
 
-# The table of contents: the public names of sections 1 to 5 and 7 to 10.
+# The public names of sections 1 to 5 and 7 to 10; an indented row continues a section.
 __all__ = """
   axis_coords coord_channels add_coords add_coords_backward
   decode encode
@@ -105,7 +105,8 @@ __all__ = """
 
 def _checked(**shapes):
     """Decorator: check f's arguments, and complete its options, before f is called. _arguments of
-    section 10 returns them all by name, or raises _Refused, which becomes an error here."""
+    section 10 returns them all by name. It or f may raise _Refused, which becomes an error here.
+    """
     def decorate(f):
         @functools.wraps(f)
         def checked(*args, **options):
@@ -132,7 +133,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_exact((n,), dtype)                            # float32 holds all integers up to 2^24
+    _need_exact((n,), dtype)                            # up to 2^24, float32 holds all integers
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -191,9 +192,9 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 
 # 2 THE CRITIC'S ANSWER ---------------------------------------------------------------------------
 #
-# Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis after the
-# other. Let W be its length, let X hold each pixel's coordinate along it, from 0 to W - 1, and let
-# p be the coordinate of the hot pixel. The critic reads p off the image as
+# Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis at a time.
+# W is the length of the axis, X holds each pixel's coordinate along it, from 0 to W - 1, and p is
+# the coordinate of the hot pixel. The critic reads p off the image as
 #
 #   p = W - sum_pixels relu(W * A - X)                          where relu(x) = max(x, 0)
 #
@@ -205,7 +206,7 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   W * A - X      0   3  -2  -3
 #   relu           0   3   0   0        the sum is 3, and 4 - 3 = 1
 #
-# The other direction is added here. To draw the one-hot image of the position p, give each pixel i
+# The other direction is ours. To draw the one-hot image of the position p, give each pixel i
 #
 #   relu(1 - sum_a |i_a - p_a|)                                 summed over the axes a
 #
@@ -217,8 +218,8 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   1 - |i - p|    0   1   0  -1
 #   relu           0   1   0   0
 #
-# Section 5 wires both as networks. decode and encode get the same results more directly: they look
-# for the hot pixel, since no other adds to the sum, and set it.
+# Section 5 wires both as networks. Two functions get the same results more directly: decode looks
+# for the hot pixel, since no other adds to the sum, and encode sets it.
 
 @_checked(image="N 1 *size")
 def decode(image):
@@ -322,7 +323,8 @@ def _halves(totals):
 
 # The three products, block by block. What they call stands in section 6:
 #
-#   _blocks(x, y, win)            yields blocks of y, as slices: of images, of rows, of columns
+#   _blocks(x, y, win)            yields blocks of y, as slices: of images, then of each spatial
+#                                 axis; of x and y only the shapes are used
 #   _unfold(x, y, win, groups)    yields each block with its columns of u, (G, rows, columns)
 #   _fold(du, dx, block, win)     adds such columns to the pixels of dx
 #   _columns(y, block, groups)    the columns of a block of y, (G, F/G, columns)
@@ -419,8 +421,8 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #   10 * w                10  20  30
 #   y              1   2  13  20  30
 #
-# Padding then cuts off pixels before and after. What is computed is dx of a convolution with the
-# same w that leads from y back to x, called the reverse here. Its names stand below ours:
+# Padding then cuts off pixels before and after. This is dx of a convolution with the same w that
+# leads from y back to x, "the reverse". The same arrays have two names:
 #
 #   conv_transpose     x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
 #   the reverse        dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
@@ -474,19 +476,14 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
                             groups=1):
     """dx, dw and db of conv_transpose.
 
-    dx = w @ unfold(dy), as y of conv, with dy for x
-    dw = x @ unfold(dy).T, as dw of conv, with x and dy exchanged
+    dx = w @ unfold(dy), as y in conv, with dy for x
+    dw = x @ unfold(dy).T, as dw in conv, with x and dy exchanged
     db[f] = sum_{n, i} dy[n, f, i]
     """
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
     _need_shape(dy, (len(x), w.shape[1] * groups, *y_size))
-    dx = array_module(x).empty(x.shape, x.dtype)
-    dw = array_module(x).zeros(w.shape, x.dtype)
-    w = _matrices(w, groups)
-    total = _matrices(dw, groups)                       # a view of dw
-    for block, u in _unfold(dy, dx, win, groups):
-        _set_columns(dx, block, _product(w, u))
-        _add_product(total, _columns(x, block, groups), u.swapaxes(1, 2))
+    dx = _correlate(dy, w, win, groups)
+    dw = _correlate_dw(x, dy, win, groups)
     return dx, dw, None if b is None else _channel_sum(dy)
 
 
@@ -520,7 +517,7 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     are no groups: each filter sees the coordinates.
 
     size : None, or a tuple of integers such as (64, 64). Then x must be single pixels, (N, C, 1,
-        ...), and each is first repeated over that size.
+        ...), and each is first repeated over that size, as to draw a position.
     radius, scale : as in coord_channels
     stride, padding, dilation : as in conv
 
@@ -719,7 +716,7 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
     return [*net, Layer(conv, [ones], {"padding": square // 2})]
 
 
-# Here the subject ends. What follows makes convolution fast, trains networks, checks arguments.
+# Here the subject ends.
 
 
 # 6 HOW CONVOLUTION IS MADE FAST ------------------------------------------------------------------
@@ -822,9 +819,9 @@ def _reads(u, x, outputs, win):
     """Pairs of views of the same shape: of a part of u (C, *kernel, images, *out), and of the
     pixels of x (C, images, *size) that it reads. outputs has a slice for each axis.
 
-    First the axes of u get the order C, images, k1, o1, k2, o2, ... For each spatial axis one of k
-    and o is then a number, which drops its axis, and the other a slice, as long as that of the
-    pixels. With one axis this is u[:, :, k, outputs], or u[:, :, taps, o], and x[:, :, pixels].
+    With the axes of u in the order C, images, k1, o1, k2, o2, ..., one of k and o is a number for
+    each spatial axis and the other a slice, as long as that of the pixels. With one axis this is
+    u[:, :, k, outputs], or u[:, :, taps, o], and x[:, :, pixels].
     """
     rank = len(outputs)
     axes = [_reads_along(*along) for along in zip(
@@ -1067,14 +1064,15 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
         dx = xp.zeros(_pixels(x).shape, x.dtype)
         xp.put_along_axis(dx, _pixels(x).argmax(axis=2)[:, :, None], dy[:, :, None], axis=2)
         return dx.reshape(x.shape)
-    for axis, (x, y) in enumerate(reversed(_pool_steps(x, win, xp.maximum, -math.inf))):
-        dx = xp.zeros(x.shape, x.dtype)
+    steps = _pool_steps(x, win, xp.maximum, -math.inf)
+    for axis, (pixels, largest) in enumerate(reversed(steps)):
+        dx = xp.zeros(pixels.shape, x.dtype)
         left = dy.copy()                                # what no pixel has got
         for (read, outputs), (dread, doutputs) in zip(
-                _taps(x, y, axis, win), _taps(dx, left, axis, win)):
-            largest = (read == outputs) | xp.isnan(read)
-            dread += _where(largest, doutputs)
-            doutputs[...] = _where(~largest, doutputs)
+                _taps(pixels, largest, axis, win), _taps(dx, left, axis, win)):
+            wins = (read == outputs) | xp.isnan(read)
+            dread += _where(wins, doutputs)
+            doutputs[...] = _where(~wins, doutputs)
         dy = dx
     return dy
 
@@ -1118,8 +1116,7 @@ def _statistics(x):
 
 def _normalised(x, mean, var, eps):
     """(x - mean) / sqrt(var + eps), and 1 / sqrt(var + eps)."""
-    _need((mean is None) == (var is None), "mean and var must be given together or not at all, "
-          f"got only {'var' if mean is None else 'mean'}")
+    _need_both(mean, var)
     if mean is None:
         _need(x.size, f"x must not be empty, got x.shape={x.shape}")
         _, var, xhat = _statistics(x)
@@ -1277,10 +1274,9 @@ def mean_squared_error_backward(dy, y, target):
 
 # 8 THE PAPER'S COORDCONV NETWORKS ----------------------------------------------------------------
 #
-# Each function returns a network, a list of Layers. width multiplies the filters of hidden layers.
-# rng is a numpy.random.Generator, a seed or None. Weights are drawn on the host, so that a CPU and
-# a GPU start from the same bits. The paper's networks without coordinates are in bench.py, which
-# stands beside this file in its repository.
+# Each coordconv_ function returns a network, a list of Layers. rng is a numpy.random.Generator, a
+# seed or None. Weights are drawn on the host, so that a CPU and a GPU start from the same bits.
+# The paper's networks without coordinates are in bench.py, beside this file in its repository.
 
 @_checked()
 def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
@@ -1314,10 +1310,10 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
 
     start : "he", the paper's, or "relative", which is coordref's own: the first layer's weights
         for the position that comes in are from U(-1, 1), those for the coordinate channels are
-        their negatives, and its biases are from U(-0.5, 0.5). So it starts from the differences
-        between that position and each pixel's: as long as it is untrained, another position only
+        their negatives, and its biases are from U(-0.5, 0.5). So until it is trained the output
+        depends on the differences between that position and each pixel's alone: another position
         moves the image. With this start the weights of the last layer, which no rectifier follows,
-        have the variance 1 / fan_in.
+        have the variance 1 / fan_in. width multiplies the filters of the hidden layers.
     """
     K = len(size)
     pixel = (1,) * K
@@ -1395,7 +1391,7 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     task : "classification": from a position (M, 2, 1, 1) to the image of its pixel
         (M, 1, canvas, canvas); "rendering": to the square around it, of ones, in the paper's code
         of 128/255; "regression": from the image of a pixel to its position (M, 2)
-    scale : "unit": a position that a network gets runs from -1 to 1, one that it should give is
+    scale : "unit": positions that a network gets run from -1 to 1, those that it should give are
         divided by canvas; "pixel": both are in pixels. The paper's code has pixels for the first
         and divides the second.
 
@@ -1513,7 +1509,9 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
     xp = _examples_module(state.net, x, target)
     _gradient(loss)                                     # TypeError if it has none
     adam = functools.partial(adam_step, beta1=beta1, beta2=beta2, eps=eps)
-    whole = any(layer.op is batch_norm for layer in state.net)
+    norms = [layer.options for layer in state.net if layer.op is batch_norm]
+    for options in norms:
+        _need_both(options.get("mean"), options.get("var"))
     steps_per_epoch = math.ceil(len(x) / batch_size)
 
     def states(state):
@@ -1525,7 +1523,7 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
                 if at == 0 or step == first:
                     order = np.random.default_rng([state.seed, epoch]).permutation(len(x))
                 batch = xp.asarray(order[at * batch_size:(at + 1) * batch_size])
-                size = len(batch) if whole else max(_shard(xp), len(batch) // 16)
+                size = len(batch) if norms else max(_shard(xp), len(batch) // 16)
                 work = functools.partial(
                     _shard_gradients, state.net, loss, x, target, len(batch))
                 rate = learning_rate(step) if callable(learning_rate) else learning_rate
@@ -1560,7 +1558,7 @@ def _shard_gradients(net, loss, x, target, count, index):
     dy, _ = _gradient(loss)(share, y, target)           # share is the upstream gradient
     _, by_layer = backward(net, dy, inputs)
     grads = [dp for layer in by_layer for dp in layer if dp is not None]
-    # not to be added up: with a batch_norm the one shard is the batch
+    # with a batch_norm there is one shard, so no sum is taken of these
     statistics = [a for layer, given in zip(net, inputs) if layer.op is batch_norm
                   for a in _statistics(given)[:2]]
     return [value, *grads, *statistics]
@@ -1573,7 +1571,7 @@ def _next_state(state, sums, adam, learning_rate, l2):
     statistics = iter(sums[len(params):])               # a mean and a variance for each batch_norm
     step = state.step + 1
     updates = []
-    for p, dp, m, v in zip(params, sums, state.m, state.v):         # not to the statistics
+    for p, dp, m, v in zip(params, sums, state.m, state.v):         # sums goes on: statistics
         if p.ndim > 1:
             value = value + l2 * (p * p).sum()
             dp = dp + 2 * l2 * p
@@ -1599,8 +1597,8 @@ def _next_state(state, sums, adam, learning_rate, l2):
 
 
 def _shard(xp):
-    """How many examples go through a network together, at least. Few stay in a CPU's cache; each
-    call costs a GPU more, and how many it should get was not measured."""
+    """How many examples go through a network together, at least: few stay in a CPU's cache, and
+    many save calls to a GPU, but how many it should get was not measured."""
     return 4 if xp is np else 64
 
 
@@ -2172,6 +2170,11 @@ def _need_exact(size, dtype):
 
 def _need_shape(dy, shape):
     _need(dy.shape == shape, f"dy must have the output's shape {shape}, got {dy.shape}")
+
+
+def _need_both(mean, var):
+    _need((mean is None) == (var is None), "mean and var must be given together or not at all, "
+          f"got only {'var' if mean is None else 'mean'}")
 
 
 def _need_examples(y):
