@@ -921,17 +921,21 @@ def _pointwise(x, w, groups):
 # [0 1 10 100 0] with [1 -1].
 
 def _is_mirroring_faster(dy, w, win, size, groups):
-    """Whether dx is found faster as that convolution. Its u has F * size numbers for each tap,
-    where du has C * out; and to fill in a number of u takes half as long as to add one of du to
-    dx. The mirrored copy of w must not have more numbers than du, that is F/G not more than N *
-    out, nor take more than 16 MiB. And w must be finite, as that convolution also multiplies it by
-    zeros outside of dy. A GPU would have to be waited for to know, so there it is always no."""
+    """Whether dx is found faster as that convolution. The mirrored copy of w must not have more
+    numbers than du, that is F/G not more than N * out, nor take more than 16 MiB. In a 1x1
+    convolution its u is dy. Else u has F * size numbers for each tap, where du has C * out; and to
+    fill in a number of u takes half as long as to add one of du to dx. And w must be finite, since
+    it is multiplied by the zeros outside of dy, too. A GPU would have to be waited for to know
+    that."""
     F = dy.shape[1]
     C = w.shape[1] * groups
     outputs = math.prod(win.out)
-    faster = F * math.prod(size) < 2 * C * outputs and F // groups <= len(dy) * outputs
-    fits = set(win.stride) == {1} and w.nbytes <= 2 ** 24
-    return faster and fits and array_module(w) is np and np.isfinite(w).all()
+    if set(win.stride) != {1} or F // groups > len(dy) * outputs or w.nbytes > 2 ** 24:
+        return False
+    if _reads_own_pixel(win, size):
+        return True
+    faster = F * math.prod(size) < 2 * C * outputs
+    return faster and array_module(w) is np and np.isfinite(w).all()
 
 
 def _mirrored(w, win, size, groups):
