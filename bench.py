@@ -1294,6 +1294,29 @@ MODELS = {
 }
 
 
+RECIPE = "model task split scale batch_size epochs learning_rate decay l2".split()
+
+
+def state_path(seed, recipe):
+    """Where a published training keeps its state until it is done."""
+    listed = [recipe[key] for key in RECIPE]
+    options = {key: value for key, value in recipe.items() if key not in RECIPE}
+    text = json.dumps([seed, *listed, options, cr.__version__])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return os.path.join(STATES, f"{recipe['model']}-{recipe['split']}-{digest[:12]}.npz")
+
+
+def progress(job):
+    """How far a published training has come of which a state is kept."""
+    path = state_path(job.seed, EXPERIMENTS[job.name].recipe)
+    if not os.path.exists(path):
+        return ""
+    with np.load(path) as state:
+        curve = state[".1"]
+    done = curve[curve[:, 0] > 0]
+    return f" (at epoch {len(done)} of {len(curve)}, best score {done[:, 2].max():.3f})"
+
+
 def published(
     seed, xp, *, model, task, split, scale, batch_size, epochs, learning_rate, decay, l2, **options
 ):
@@ -1312,9 +1335,8 @@ def published(
         tenths = min(4, step // per_epoch // 200) if decay == "step" else 0
         return learning_rate * 0.1**tenths
 
-    recipe = [model, task, split, scale, batch_size, epochs, learning_rate, decay, l2, options]
-    digest = hashlib.sha256(json.dumps([seed, *recipe, cr.__version__]).encode()).hexdigest()
-    path = os.path.join(STATES, f"{model}-{split}-{digest[:12]}.npz")
+    listed = [model, task, split, scale, batch_size, epochs, learning_rate, decay, l2]
+    path = state_path(seed, dict(zip(RECIPE, listed)) | options)
     os.makedirs(STATES, exist_ok=True)
     state = cr.initial_state(net, seed=seed)
     curve = np.zeros((epochs, 3))  # epochs, core-seconds, score
@@ -1977,7 +1999,8 @@ def judged(row, groups, runs, errors, options):
     verdict = row.judge(*([runs[job] for job in group if job in runs] for group in groups))
     begun = {job.name for job in jobs if job in runs}
     absent = dict.fromkeys(
-        f"{job.name} seed {job.seed}" if job.name in begun else job.name for job in missing
+        (f"{job.name} seed {job.seed}" if job.name in begun else job.name) + progress(job)
+        for job in missing
     )
     if not absent:
         return verdict
