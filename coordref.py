@@ -944,7 +944,8 @@ def _mirrored(w, win, size, groups):
     dx[n, c, i] = sum_{f, k} w[f, c, k] * dy[n, f, i - k*dilation + before]
 
     Put kernel-1-k in place of k: this is a convolution of dy, with the kernel mirrored, with C and
-    F exchanged, and with (kernel-1) * dilation - before zeros in front; below 0 it skips pixels.
+    F exchanged, and with (kernel-1) * dilation - before zeros in front, or so many pixels skipped
+    if that is negative.
     """
     F, channels = w.shape[:2]                           # channels of a group
     mirrored = array_module(w).flip(w, tuple(range(2, w.ndim)))
