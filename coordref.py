@@ -8,9 +8,9 @@ convolutional networks therefore struggle to turn a position into the pixel that
 pixel into its position. Their remedy is CoordConv: two more input channels, which hold each
 pixel's row and column. Piekniewski (2018), the critic here, answered that there is nothing to
 learn: one convolution with such channels, one rectifier, one sum and one subtraction read a
-coordinate off an image, with weights that can be written down. So both use coordinates, and
-dispute whether finding such weights by training proves anything. This file holds both sides as
-plain array code, for NumPy and, given CuPy arrays, for the GPU.
+coordinate off an image, with weights that can be written down. So both sides use coordinates; they
+dispute whether finding such weights by training proves anything. This file holds both as plain
+array code, for NumPy and, given CuPy arrays, for the GPU.
 
 Sections 1 to 5 are the subject, and can be explained without the others. Section 6 makes
 convolution fast, 7 to 9 add what the paper's networks and their training need, and 10 holds files
@@ -43,8 +43,8 @@ may be None. All these arrays share one module and one dtype, float32 or float64
 result. A table near the end, _OPTIONS, says what an option may be. Options are completed before
 the function sees them: for images of rank 2 a stride of 2 becomes (2, 2). An argument of the wrong
 kind raises TypeError, one of the wrong value or shape ValueError. Public functions never write to
-their arguments. Private helpers that begin with _need raise an error unless something holds; they
-and a few others stand in sections 6 and 10.
+their arguments, though a Generator given as rng moves on. Some private helpers stand in sections 6
+and 10; those named _need... raise an error unless something holds.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -105,8 +105,7 @@ __all__ = """
 
 def _checked(**shapes):
     """Decorator: check f's arguments, and complete its options, before f is called. _arguments of
-    section 10 returns them all by name. It or f may raise _Refused, which becomes an error here.
-    """
+    section 10 returns them all by name. A _Refused, from it or from f, becomes an error here."""
     def decorate(f):
         @functools.wraps(f)
         def checked(*args, **options):
@@ -309,22 +308,18 @@ def _window(size, kernel, stride, padding, dilation):
         # pixels, a stride of 2 and a span of 3 these are 3 outputs, 7 pixels and the pair (0, 1)
         wanted = [-(-length // s) for length, s in zip(size, stride)]
         needed = [(m - 1) * s + span for m, s, span in zip(wanted, stride, spans)]
-        padding = _halves(max(n - length, 0) for n, length in zip(needed, size))
+        added = [max(n - length, 0) for n, length in zip(needed, size)]
+        padding = [(n // 2, n - n // 2) for n in added]
     padded = [length + before + after for length, (before, after) in zip(size, padding)]
     out = tuple((length - span) // s + 1 for length, span, s in zip(padded, spans, stride))
     _need_output(size, kernel, padding, out)
     return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), out)
 
 
-def _halves(totals):
-    """A (before, after) pair for each total padding; the odd pixel goes after the image."""
-    return tuple((total // 2, total - total // 2) for total in totals)
-
-
 # The three products, block by block. What they call stands in section 6:
 #
 #   _blocks(x, y, win)            yields blocks of y, as slices: of images, then of each spatial
-#                                 axis; of x and y only the shapes are used
+#                                 axis; takes of x and y only shapes and module
 #   _unfold(x, y, win, groups)    yields each block with its columns of u, (G, rows, columns)
 #   _fold(du, dx, block, win)     adds such columns to the pixels of dx
 #   _columns(y, block, groups)    the columns of a block of y, (G, F/G, columns)
@@ -332,7 +327,7 @@ def _halves(totals):
 #   _matrices(w, groups)          w as a stack of matrices, (G, F/G, rows): w.T is w.swapaxes(1, 2)
 #   _product, _add_product        a @ b, and total += a @ b
 #
-# The if in _correlate and that in _correlate_dx lead to shortcuts, which a first reading skips.
+# On a first reading skip the if in _correlate and in _correlate_dx: they lead to shortcuts.
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
@@ -421,8 +416,8 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #   10 * w                10  20  30
 #   y              1   2  13  20  30
 #
-# Padding then cuts off pixels before and after. This is dx of a convolution with the same w that
-# leads from y back to x, "the reverse". The same arrays have two names:
+# Padding then cuts off pixels before and after. So a transposed convolution is dx of a convolution
+# with the same w from y back to x, "the reverse". The same arrays have two names:
 #
 #   conv_transpose     x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
 #   the reverse        dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
@@ -443,7 +438,7 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
         # It may be -2: x = [1 10] with a single tap and a stride of 3 paints [1 0 0 10], and 6
         # pixels are wanted. Then the padding (0, -2) adds two zeros.
         surplus = [m - n * s for m, n, s in zip(full, size, stride)]
-        padding = [(0, m) if m < 0 else pair for m, pair in zip(surplus, _halves(surplus))]
+        padding = [(max(m, 0) // 2, m - max(m, 0) // 2) for m in surplus]
     y_size = tuple(m - before - after for m, (before, after) in zip(full, padding))
     _need_output(size, kernel, padding, y_size)
     return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), size), y_size
@@ -455,6 +450,7 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
 
     y[n, f, i] = b[f] + sum_{c, o, k} x[n, c, o] * w[c, f, k]
                         over those o and k for which o*stride + k*dilation - before = i
+                        (as in conv_backward, but here i is a pixel of y, and o one of x)
     out = (size-1)*stride + (kernel-1)*dilation + 1 + output_padding - before - after
 
     w : the channels of x come first
@@ -566,15 +562,7 @@ def relu(x):
 @_checked(dy="...", x="...")
 def relu_backward(dy, x):
     """dx = dy where x > 0, else 0."""
-    return _where(x > 0, dy)
-
-
-def _where(mask, a):
-    """a where mask holds, else 0."""
-    # In a tenth of the time of where(mask, a, 0): the bits of a, as integers, times 1 or 0. To
-    # multiply a itself would make NaN of an infinity that the mask leaves out.
-    bits = a.view(f"i{a.itemsize}")
-    return (bits * mask).view(a.dtype)
+    return _where(x > 0, dy)                            # where(x > 0, dy, 0)
 
 
 @_checked(x="N C *size")
@@ -723,7 +711,7 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
 #
 # What this section does changes results by rounding alone. The products get a block of columns
 # that about fits in a cache; unfold and fold move slices, not single pixels; and there are two
-# shortcuts. Two sums that keep float32 accurate end the section.
+# shortcuts. A faster where, and two sums that keep float32 accurate, end the section.
 
 _BLOCK = 2 ** 20                # numbers of u that exist at a time, at most
 
@@ -819,9 +807,9 @@ def _reads(u, x, outputs, win):
     """Pairs of views of the same shape: of a part of u (C, *kernel, images, *out), and of the
     pixels of x (C, images, *size) that it reads. outputs has a slice for each axis.
 
-    With the axes of u in the order C, images, k1, o1, k2, o2, ..., one of k and o is a number for
-    each spatial axis and the other a slice, as long as that of the pixels. With one axis this is
-    u[:, :, k, outputs], or u[:, :, taps, o], and x[:, :, pixels].
+    With one axis these are u[:, :, k, outputs], or u[:, :, taps, o], and x[:, :, pixels]. With
+    more, u gets its axes in the order C, images, k1, o1, k2, o2, ..., and of each k and o one is a
+    number and the other a slice.
     """
     rank = len(outputs)
     axes = [_reads_along(*along) for along in zip(
@@ -840,15 +828,14 @@ def _shape_of_u(x, block, win):
 
 
 def _unfold(x, y, win, groups):
-    """Yields each block of the output y and its columns of u, (G, rows, columns). Unless u is x,
-    all blocks share the memory of the first, which is the largest: new memory took up to three
-    times as long as all the rest."""
+    """Yields each block of the output y and its columns of u, (G, rows, columns). In a 1x1
+    convolution u is x. Else all blocks share the memory of the first, which is the largest: new
+    memory took up to three times as long as all the rest."""
     if _reads_own_pixel(win, x.shape[2:]):
         for block in _blocks(x, y, win):
             yield block, _columns(x, block, groups)
         return
     memory = None
-    zeroed = None
     for block in _blocks(x, y, win):
         images, *out = block
         part_of_x = x[images].swapaxes(0, 1)            # (C, images, *size)
@@ -856,9 +843,7 @@ def _unfold(x, y, win, groups):
         if memory is None:
             memory = array_module(x).empty(math.prod(shape), x.dtype)
         u = memory[:math.prod(shape)].reshape(shape)
-        if zeroed != (shape, out):                      # else the zeros of the last block serve
-            u[...] = 0
-            zeroed = (shape, out)
+        u[...] = 0                                      # for taps outside of the image
         for part, read in _reads(u, part_of_x, out, win):
             part[...] = read
         rows = x.shape[1] // groups * math.prod(win.kernel)
@@ -880,8 +865,7 @@ def _matrices(w, groups):
 
 
 def _product(a, b):
-    """a @ b for stacks of matrices; a column times a row is broadcast, in a quarter of the time.
-    """
+    """a @ b for stacks of matrices; a column times a row is broadcast, which is faster."""
     return a * b if a.shape[-1] == 1 else a @ b
 
 
@@ -921,20 +905,19 @@ def _pointwise(x, w, groups):
 # [0 1 10 100 0] with [1 -1].
 
 def _is_mirroring_faster(dy, w, win, size, groups):
-    """Whether dx is found faster as that convolution. The mirrored copy of w must not have more
-    numbers than du, that is F/G not more than N * out, nor take more than 16 MiB. In a 1x1
-    convolution its u is dy. Else u has F * size numbers for each tap, where du has C * out; and to
-    fill in a number of u takes half as long as to add one of du to dx. And w must be finite, since
-    it is multiplied by the zeros outside of dy, too. A GPU would have to be waited for to know
-    that."""
+    """Whether dx is found faster as that convolution."""
     F = dy.shape[1]
     C = w.shape[1] * groups
     outputs = math.prod(win.out)
+    # the mirrored copy of w must not have more numbers than du, nor take more than 16 MiB
     if set(win.stride) != {1} or F // groups > len(dy) * outputs or w.nbytes > 2 ** 24:
         return False
-    if _reads_own_pixel(win, size):
+    if _reads_own_pixel(win, size):                     # here its u is dy
         return True
+    # Else u has F * size numbers for each tap, where du has C * out. To fill in one of u takes
+    # half as long as to add one of du to dx.
     faster = F * math.prod(size) < 2 * C * outputs
+    # Outside of dy w meets zeros, and infinity * 0 is NaN. A look at w would make a GPU wait.
     return faster and array_module(w) is np and np.isfinite(w).all()
 
 
@@ -954,6 +937,14 @@ def _mirrored(w, win, size, groups):
     before = tuple((k - 1) * d - p for k, d, p in zip(win.kernel, win.dilation, win.before))
     window = win._replace(before=before, out=tuple(size))
     return mirrored.reshape(channels * groups, F // groups, *win.kernel), window
+
+
+def _where(mask, a):
+    """a where mask holds, else 0."""
+    # The bits of a, as integers, times 1 or 0: faster than where(mask, a, 0), and 0 also for an
+    # infinity that the mask leaves out.
+    bits = a.view(f"i{a.itemsize}")
+    return (bits * mask).view(a.dtype)
 
 
 def _image_sum(x, pixels=False):
@@ -1015,7 +1006,7 @@ def _pooled_shape(x, win):
 # sums. So a pool goes along one axis after the other, the last one first, and a window of 7x7
 # takes 7 + 7 taps.
 
-def _taps(x, y, axis, win):
+def _pool_taps(x, y, axis, win):
     """For each tap of a pool along a spatial axis of x (N, C, *size): the pixels that it reads,
     and the outputs for which it does, as views of x and of y."""
     axes_before = (slice(None),) * (2 + axis)
@@ -1033,7 +1024,7 @@ def _pool_steps(x, win, combine, start):
     steps = []
     for axis in reversed(range(len(win.out))):
         y = array_module(x).full((*x.shape[:2 + axis], *win.out[axis:]), start, x.dtype)
-        for read, outputs in _taps(x, y, axis, win):
+        for read, outputs in _pool_taps(x, y, axis, win):
             combine(outputs, read, out=outputs)
         steps.append((x, y))
         x = y
@@ -1074,7 +1065,7 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
         dx = xp.zeros(pixels.shape, x.dtype)
         left = dy.copy()                                # what no pixel has got
         for (read, outputs), (dread, doutputs) in zip(
-                _taps(pixels, largest, axis, win), _taps(dx, left, axis, win)):
+                _pool_taps(pixels, largest, axis, win), _pool_taps(dx, left, axis, win)):
             wins = (read == outputs) | xp.isnan(read)
             dread += _where(wins, doutputs)
             doutputs[...] = _where(~wins, doutputs)
@@ -1104,7 +1095,7 @@ def mean_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     dy = dy / math.prod(win.kernel)
     for axis in range(len(win.out)):
         dx = xp.zeros((*x.shape[:3 + axis], *dy.shape[3 + axis:]), x.dtype)
-        for dread, doutputs in _taps(dx, dy, axis, win):
+        for dread, doutputs in _pool_taps(dx, dy, axis, win):
             dread += doutputs
         dy = dx
     return dy
@@ -1220,8 +1211,8 @@ def softmax_cross_entropy_backward(dy, logits, target):
     dlogits[n, i] = dy / N * (p[n, i] * sum_j target[n, j] - target[n, i])
     dtarget[n, i] = -dy / N * log p[n, i]
 
-    With others for sum_j target[n, j] - target[n, i], the bracket is p * others - (1 - p) *
-    target, which keeps its accuracy where p is almost 1.
+    The bracket is computed as p * others - (1 - p) * target, with others for sum_j target[n, j] -
+    target[n, i], which is accurate where p is almost 1.
     """
     _need_examples(logits)
     xp = array_module(logits)
@@ -1281,7 +1272,7 @@ def mean_squared_error_backward(dy, y, target):
 #
 # Each coordconv_ function returns a network, a list of Layers. rng is a numpy.random.Generator, a
 # seed or None. Weights are drawn on the host, so that a CPU and a GPU start from the same bits.
-# The paper's networks without coordinates are in bench.py, beside this file in its repository.
+# The paper's networks without coordinates are in the repository's bench.py.
 
 @_checked()
 def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
@@ -1315,10 +1306,11 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
 
     start : "he", the paper's, or "relative", which is coordref's own: the first layer's weights
         for the position that comes in are from U(-1, 1), those for the coordinate channels are
-        their negatives, and its biases are from U(-0.5, 0.5). So until it is trained the output
-        depends on the differences between that position and each pixel's alone: another position
-        moves the image. With this start the weights of the last layer, which no rectifier follows,
-        have the variance 1 / fan_in. width multiplies the filters of the hidden layers.
+        their negatives, and its biases are from U(-0.5, 0.5). So before training, the output for a
+        position on the unit scale depends on that position less each pixel's: another position
+        moves the image. The weights of the last layer, which no rectifier follows, have the
+        variance 1 / fan_in.
+    width : multiplies the filters of the hidden layers
     """
     K = len(size)
     pixel = (1,) * K
@@ -1394,11 +1386,11 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
         2368 train and 768 test (the paper says 80/20). "quadrant" tests the positions beyond the
         middle of both axes, row > canvas/2 and col > canvas/2: 2407 train and 729 test.
     task : "classification": from a position (M, 2, 1, 1) to the image of its pixel
-        (M, 1, canvas, canvas); "rendering": to the square around it, of ones, in the paper's code
-        of 128/255; "regression": from the image of a pixel to its position (M, 2)
+        (M, 1, canvas, canvas); "rendering": to the square around it, of ones (in the paper's
+        code 128/255); "regression": from the image of a pixel to its position (M, 2)
     scale : "unit": positions that a network gets run from -1 to 1, those that it should give are
-        divided by canvas; "pixel": both are in pixels. The paper's code has pixels for the first
-        and divides the second.
+        divided by canvas; "pixel": both are in pixels. The paper's code gives pixels to a network
+        and divides the targets.
 
     >>> data, test = not_so_clevr("quadrant")
     >>> data.x.shape, test.target.shape
@@ -1576,7 +1568,7 @@ def _next_state(state, sums, adam, learning_rate, l2):
     statistics = iter(sums[len(params):])               # a mean and a variance for each batch_norm
     step = state.step + 1
     updates = []
-    for p, dp, m, v in zip(params, sums, state.m, state.v):         # sums goes on: statistics
+    for p, dp, m, v in zip(params, sums, state.m, state.v):         # stops before statistics
         if p.ndim > 1:
             value = value + l2 * (p * p).sum()
             dp = dp + 2 * l2 * p
@@ -1877,7 +1869,7 @@ def _arguments(f, shapes, args, options):
     for name, value in given.items():
         # not in shapes: scale is an option of coord_channels, but an array of affine
         if name in _OPTIONS and name not in shapes:
-            # None is left as it is, but of rng it makes a Generator
+            # None is left as it is, except that rng=None becomes a Generator
             may_be_none = name in defaults and defaults[name] is None
             if name == "rng" or not (may_be_none and value is None):
                 given[name] = _OPTIONS[name](name, value, rank)
@@ -1885,7 +1877,7 @@ def _arguments(f, shapes, args, options):
     return given
 
 
-# The shapes of _checked are explained at the head of the file. "1" is an axis of length 1.
+# The shapes of _checked are explained at the head of the file.
 
 def _rank(arrays, axes):
     """Check that each array has as many axes as its shape. Returns the rank, None without a *."""
