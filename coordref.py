@@ -106,12 +106,14 @@ __all__ = """
 def _checked(**shapes):
     """Decorator: check f's arguments, and complete its options, before f is called. _arguments of
     section 10 returns them all by name. A _Refused, from it or from f, becomes an error here."""
+    axes = {name: shape.removesuffix("?").split() for name, shape in shapes.items()}
+
     def decorate(f):
         @functools.wraps(f)
         def checked(*args, **options):
             try:
                 with np.errstate(under="ignore"):       # exp(-1000) is 0, whatever the caller set
-                    y = f(**_arguments(f, shapes, args, options))
+                    y = f(**_arguments(f, axes, args, options))
                 # NumPy makes a scalar of an array without axes, such as a loss: an array again
                 return _as_array(y) if shapes else y
             except _Refused as refused:
@@ -1852,23 +1854,23 @@ def _parameters(f):
     return set(parameters), positional, defaults
 
 
-def _arguments(f, shapes, args, options):
+def _arguments(f, axes, args, options):
     """The arguments of a call by name, defaults included: options checked and completed as
-    _OPTIONS says, and arrays checked against shapes, as _check_shapes does."""
+    _OPTIONS says, and arrays checked against their axes, as _check_shapes does."""
     names, positional, defaults = _parameters(f)
     given = defaults | dict(zip(positional, args)) | options
     twice = options.keys() & set(positional[:len(args)])
     if given.keys() != names or twice or len(args) > len(positional):
         f(*args, **options)                             # which raises Python's own TypeError
-    arrays = {name: given[name] for name, shape in shapes.items()
-              if given[name] is not None or not shape.endswith("?")}
+    # an array may be None where that is its default
+    arrays = {name: given[name] for name in axes
+              if given[name] is not None or name not in defaults}
     if arrays:
         _same(arrays)
-    axes = {name: shapes[name].removesuffix("?").split() for name in arrays}
     rank = _rank(arrays, axes)
     for name, value in given.items():
-        # not in shapes: scale is an option of coord_channels, but an array of affine
-        if name in _OPTIONS and name not in shapes:
+        # not in axes: scale is an option of coord_channels, but an array of affine
+        if name in _OPTIONS and name not in axes:
             # None is left as it is, except that rng=None becomes a Generator
             may_be_none = name in defaults and defaults[name] is None
             if name == "rng" or not (may_be_none and value is None):
@@ -1928,13 +1930,16 @@ def _wrong_shape(name, arrays, axes, where="equal names are equal lengths"):
     return _Refused(f"{name} must be ({', '.join(axes[name])}), where {where}, got {got}")
 
 
+_DTYPES = np.dtype(np.float32), np.dtype(np.float64)
+
+
 def _same(arrays):
     """Check that arrays, a dict by name, share a dtype and a module; return the module."""
     for name, a in arrays.items():
         if not _is_array(a):
             raise _Refused(f"{name} must be a NumPy or CuPy array (numpy.asarray makes one), got "
                            f"{_shown(a)}", TypeError)
-        if a.dtype not in (np.float32, np.float64):
+        if a.dtype not in _DTYPES:
             raise _Refused(f"{name} must be float32 or float64, got {a.dtype}; astype converts, "
                            "and numpy.eye(classes, dtype=...)[labels] makes a target of labels",
                            TypeError)
@@ -2015,7 +2020,7 @@ def _choice(*allowed):
 def _dtype(name, value, rank):
     with contextlib.suppress(Exception):                # NumPy has many for what is no dtype
         # np.dtype(None) is float64
-        if value is not None and np.dtype(value) in (np.float32, np.float64):
+        if value is not None and np.dtype(value) in _DTYPES:
             return np.dtype(value)
     raise _Refused(f"{name} must be float32 or float64, got {_shown(value)}", TypeError)
 
