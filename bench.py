@@ -1294,14 +1294,9 @@ MODELS = {
 }
 
 
-RECIPE = "model task split scale batch_size epochs learning_rate decay l2".split()
-
-
 def state_path(seed, recipe):
     """Where a published training keeps its state until it is done."""
-    listed = [recipe[key] for key in RECIPE]
-    options = {key: value for key, value in recipe.items() if key not in RECIPE}
-    text = json.dumps([seed, *listed, options, cr.__version__])
+    text = json.dumps([seed, recipe, cr.__version__], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return os.path.join(STATES, f"{recipe['model']}-{recipe['split']}-{digest[:12]}.npz")
 
@@ -1335,8 +1330,18 @@ def published(
         tenths = min(4, step // per_epoch // 200) if decay == "step" else 0
         return learning_rate * 0.1**tenths
 
-    listed = [model, task, split, scale, batch_size, epochs, learning_rate, decay, l2]
-    path = state_path(seed, dict(zip(RECIPE, listed)) | options)
+    recipe = options | {
+        "model": model,
+        "task": task,
+        "split": split,
+        "scale": scale,
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "decay": decay,
+        "l2": l2,
+    }
+    path = state_path(seed, recipe)
     os.makedirs(STATES, exist_ok=True)
     state = cr.initial_state(net, seed=seed)
     curve = np.zeros((epochs, 3))  # epochs, core-seconds, score
