@@ -12,19 +12,18 @@ coordinate off an image, with weights that can be written down. So both sides us
 dispute whether finding such weights by training proves anything. This file holds both as plain
 array code, for NumPy and, given CuPy arrays, for the GPU.
 
-Sections 1 to 5 are the subject, and can be explained without the others. Section 6 makes
-convolution fast, 7 to 9 add what the paper's networks and their training need, and 10 holds files
-and the checks of arguments.
-Python 3.11 and NumPy 2.0 are enough.
+Sections 1 to 5 are the subject, and can be explained without the others. Section 6 carries
+convolution out, and makes it fast; 7 to 9 add what the paper's networks and their training need;
+10 holds files and the checks of arguments. Python 3.11 and NumPy 2.0 are enough.
 
 Notation:
 N images, C channels in, F filters (channels out), K coordinate channels, G groups; *size, *kernel
 and *out stand for the spatial axes, one or more. Images are (N, C, *size): (8, 3, 32, 48) are 8
 images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel), because a filter sees
 the channels of its group: all of them if G is 1. x is an input, y an output, w weights, b a bias.
-dx, dw and db are the gradients of the loss with respect to x, w and b, and likewise for any name.
-A position is (row, col), and each of the two is a coordinate. The rank is the number of spatial
-axes. xp is numpy or cupy, the module of the arrays; array_module(x) finds it.
+dx, dw, db: a d and a name stand for the gradient of the loss by what has that name. A position is
+(row, col), and each of the two is a coordinate. The rank is the number of spatial axes. xp is
+numpy or cupy, the module of the arrays; array_module(x) finds it.
 
 Conventions:
 "Convolution" is cross-correlation, as in PyTorch: the kernel is not flipped. Coordinate channels
@@ -37,11 +36,17 @@ Below every layer and loss f(x, *params, **options) stands its gradient, f_backw
 f. It returns dx and one gradient for each of params, or just dx if f has none.
 
 The line above a function, such as @_checked(x="N C *size", w="F C/G *kernel", b="F?"), states the
-shapes of its arrays. Equal names are equal lengths, C+K is C plus the number of coordinate
-channels, 1 is an axis of length 1, "..." any number of axes, and an array whose shape ends in ?
-may be None. All these arrays share one module and one dtype, float32 or float64, and so does the
-result. A table near the end, _OPTIONS, says what an option may be. Options are completed before
-the function sees them: for images of rank 2 a stride of 2 becomes (2, 2). An argument of the wrong
+shapes of its arrays, if it has any that are checked there:
+
+    *size     one or more axes          C+K     C plus the number of coordinate channels
+    ...       any number of axes        F?      the array may be None
+    1         an axis of length 1
+
+Equal names are equal lengths. These arrays share one module and one dtype, float32 or float64, and
+so does the result.
+
+A table near the end, _OPTIONS, says what an option may be. Options are completed before the
+function sees them: for images of rank 2 a stride of 2 becomes (2, 2). An argument of the wrong
 kind raises TypeError, one of the wrong value or shape ValueError. Public functions never write to
 their arguments, though a Generator given as rng moves on. Some private helpers stand in sections 6
 and 10; those named _need... raise an error unless something holds.
@@ -67,7 +72,7 @@ Ioffe, Szegedy. Batch normalization. ICML 2015, arXiv 1502.03167.
 Kingma, Ba. Adam: a method for stochastic optimization. ICLR 2015, arXiv 1412.6980.
 """
 
-import collections
+import collections.abc
 import concurrent.futures
 import contextlib
 import functools
@@ -104,8 +109,9 @@ __all__ = """
 
 
 def _checked(**shapes):
-    """Decorator: check f's arguments, and complete its options, before f is called. _arguments of
-    section 10 returns them all by name. A _Refused, from it or from f, becomes an error here."""
+    """Decorator: check f's arguments, complete its options, and then call f. That is all that
+    sections 1 to 9 need of it. _arguments of section 10 does the work, and returns all arguments
+    by name; a _Refused, which it or f raises if one is wrong, becomes an error here."""
     axes = {name: shape.removesuffix("?").split() for name, shape in shapes.items()}
 
     def decorate(f):
@@ -134,7 +140,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_exact((n,), dtype)                            # up to 2^24, float32 holds all integers
+    _need_exact((n,), dtype)                            # beyond 2^24, float32 skips integers
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -225,7 +231,7 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 @_checked(image="N 1 *size")
 def decode(image):
     """The position of the hot pixel of each image, (N, len(size)). An image that is not one-hot
-    raises ValueError, as the formula would give it a meaningless one.
+    raises ValueError, as the formula would give a meaningless position.
 
     >>> decode(np.array([[[[0., 0., 0.], [0., 0., 1.]]]])).tolist()
     [[1.0, 2.0]]
@@ -290,9 +296,15 @@ def encode(coords, size, *, dtype=np.float32):
 #                                                [ 1  10  100]  to the pixels 1 to 3
 #   dx = fold(du)                           dx = [-1, 1 - 10, 10 - 100, 100] = [-1 -9 -90 100]
 #
-# u repeats a pixel for every tap that reads it, so only a block of its columns exists at a time.
-# With G groups the filters of a group see the channels of that group alone, and w, u and y are
-# stacks of G such matrices:
+# For one axis, with a stride and a dilation of 1 and without zeros, both are a slice for each tap:
+#
+#   for k in range(taps):                   x and dx are (C, pixels), u and du (C, taps, out)
+#       u[:, k] = x[:, k:k + out]           unfold
+#       dx[:, k:k + out] += du[:, k]        fold, into a dx of zeros
+#
+# Section 6 does so for any number of axes, and for a block of the columns at a time, since u
+# repeats a pixel for every tap that reads it. With G groups the filters of a group see the
+# channels of that group alone, and w, u and y are stacks of G such matrices:
 #
 #   y (G, F/G, columns) = w (G, F/G, C/G * taps) @ u (G, C/G * taps, columns)
 
@@ -308,7 +320,7 @@ def _window(size, kernel, stride, padding, dilation):
     if padding == "same":
         # ceil(size / stride) outputs, and just so much padding that the last one fits: for 6
         # pixels, a stride of 2 and a span of 3 these are 3 outputs, 7 pixels and the pair (0, 1)
-        wanted = [-(-length // s) for length, s in zip(size, stride)]
+        wanted = [-(-length // s) for length, s in zip(size, stride)]   # rounded up
         needed = [(m - 1) * s + span for m, s, span in zip(wanted, stride, spans)]
         added = [max(n - length, 0) for n, length in zip(needed, size)]
         padding = [(n // 2, n - n // 2) for n in added]
@@ -320,10 +332,10 @@ def _window(size, kernel, stride, padding, dilation):
 
 # The three products, block by block. What they call stands in section 6:
 #
-#   _blocks(x, y, win)            yields blocks of y, as slices: of images, then of each spatial
-#                                 axis; takes of x and y only shapes and module
-#   _unfold(x, y, win, groups)    yields each block with its columns of u, (G, rows, columns)
-#   _fold(du, dx, block, win)     adds such columns to the pixels of dx
+#   _unfold(x, y, win, groups)    yields the blocks of y, each with its columns of u
+#   _blocks(x, y, win)            yields the same blocks alone, as slices; of x and y only the
+#                                 shapes count, so dx and dy do as well
+#   _fold(du, dx, block, win)     adds the columns of du for a block to the pixels of dx
 #   _columns(y, block, groups)    the columns of a block of y, (G, F/G, columns)
 #   _set_columns(y, block, cols)  writes such columns to a block of y
 #   _matrices(w, groups)          w as a stack of matrices, (G, F/G, rows): w.T is w.swapaxes(1, 2)
@@ -336,9 +348,9 @@ def _correlate(x, w, win, groups=1):
     if _is_pointwise(x, w, win):                        # here u is x itself
         return _pointwise(x, w, groups)
     y = array_module(x).empty((len(x), len(w), *win.out), x.dtype)
-    w = _matrices(w, groups)                            # (G, F/G, rows of u)
+    w = _matrices(w, groups)
     for block, u in _unfold(x, y, win, groups):         # u is (G, rows, columns of the block)
-        _set_columns(y, block, _product(w, u))
+        _set_columns(y, block, _product(w, u))          # w @ u
     return y
 
 
@@ -360,7 +372,7 @@ def _correlate_dx(dy, w, win, size, groups=1):
     dx = array_module(dy).zeros((len(dy), w.shape[1] * groups, *size), dy.dtype)
     w = _matrices(w, groups)
     for block in _blocks(dx, dy, win):
-        du = _product(w.swapaxes(1, 2), _columns(dy, block, groups))
+        du = _product(w.swapaxes(1, 2), _columns(dy, block, groups))            # w.T @ dy
         _fold(du, dx, block, win)
     return dx
 
@@ -418,8 +430,9 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #   10 * w                10  20  30
 #   y              1   2  13  20  30
 #
-# Padding then cuts off pixels before and after. So a transposed convolution is dx of a convolution
-# with the same w from y back to x, "the reverse". The same arrays have two names:
+# Padding then cuts off pixels before and after. Let "the reverse" be the convolution with the same
+# w that leads back, from images of y's size to images of x's. Then our y is its dx, made from our
+# x as its dy. The same arrays have two names:
 #
 #   conv_transpose     x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
 #   the reverse        dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
@@ -430,17 +443,17 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
     """The window of the reverse, and the size of y."""
     size = x.shape[2:]
     kernel = w.shape[2:]
-    if any(e >= max(s, d) for e, s, d in zip(output_padding, stride, dilation)):
-        raise _Refused("output_padding must be smaller than stride or dilation, got "
-                       f"{_shown(output_padding)}")
+    _need(all(e < max(s, d) for e, s, d in zip(output_padding, stride, dilation)),
+          "output_padding must be smaller than stride or dilation", output_padding)
     full = [(n - 1) * s + (k - 1) * d + 1 + extra       # what is painted, and output_padding
             for n, s, k, d, extra in zip(size, stride, kernel, dilation, output_padding)]
     if padding == "same":
         # y is to have size * stride pixels, so the surplus is cut off, half of it on either side.
         # It may be -2: x = [1 10] with a single tap and a stride of 3 paints [1 0 0 10], and 6
-        # pixels are wanted. Then the padding (0, -2) adds two zeros.
+        # pixels are wanted. Then the padding (0, -2) adds two zeros behind.
         surplus = [m - n * s for m, n, s in zip(full, size, stride)]
-        padding = [(max(m, 0) // 2, m - max(m, 0) // 2) for m in surplus]
+        front = [max(m, 0) // 2 for m in surplus]
+        padding = [(before, m - before) for before, m in zip(front, surplus)]
     y_size = tuple(m - before - after for m, (before, after) in zip(full, padding))
     _need_output(size, kernel, padding, y_size)
     return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), size), y_size
@@ -474,14 +487,14 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
                             groups=1):
     """dx, dw and db of conv_transpose.
 
-    dx = w @ unfold(dy), as y in conv, with dy for x
-    dw = x @ unfold(dy).T, as dw in conv, with x and dy exchanged
+    dx = w @ unfold(dy), the reverse, with dy for its x
+    dw = x @ unfold(dy).T, as the reverse's dw, with x for its dy
     db[f] = sum_{n, i} dy[n, f, i]
     """
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
     _need_shape(dy, (len(x), w.shape[1] * groups, *y_size))
     dx = _correlate(dy, w, win, groups)
-    dw = _correlate_dw(x, dy, win, groups)
+    dw = _correlate_dw(x, dy, win, groups)              # x is the reverse's dy, and dy its x
     return dx, dw, None if b is None else _channel_sum(dy)
 
 
@@ -493,16 +506,16 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
 #   conv(add_coords(x), w, b) = conv(x, w[:, :C]) + conv(coords, w[:, C:], b)
 #
 # The second part is the same for every image. So CoordConv adds to a convolution a bias that
-# depends on the position, as the coordinates' weights decide. Outside of the image coordinates
-# count as 0, as pixels do.
+# depends on the position; w[:, C:] decides how. Outside of the image coordinates count as 0, as
+# pixels do.
 
 def _images_and_coords(x, size, radius, scale):
     """The images, repeated over size if a size is given; and their coordinate channels as a batch
     of one, (1, K, *size)."""
     xp = array_module(x)
     if size is not None:
-        _need(all(n == 1 for n in x.shape[2:]), "x must be single pixels, (N, C, 1, ...), to be "
-              f"repeated over size={size}, got x.shape={x.shape}")
+        _need(all(n == 1 for n in x.shape[2:]),
+              f"x must be single pixels, (N, C, 1, ...), to be repeated over size={size}", x.shape)
         x = xp.broadcast_to(x, (*x.shape[:2], *size))
     coords = _coords(x.shape[2:], radius, scale, x.dtype, xp)
     return x, coords[None]
@@ -612,12 +625,12 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 def forward(net, x):
     """Run a network. Returns its output, without layers a copy of x, and the list of the layers'
     inputs, for backward: x itself is the first of them."""
-    _need(net or _is_array(x), f"x must be an array, got a {type(x).__name__}", TypeError)
+    _need(_is_array(x), "x must be an array", x, kind=TypeError)
     inputs = []
     for op, params, options in net:
         inputs.append(x)
         x = op(x, *params, **options)
-    return (x if net else x.copy()), inputs
+    return (x if net else x.copy()), inputs             # never the x that came in
 
 
 @_checked()
@@ -625,11 +638,11 @@ def backward(net, dy, inputs):
     """The gradients of forward, for the upstream gradient dy and the inputs that forward returned.
     Returns dx for the network's input, and for each layer a list of the gradients of its params.
     """
-    _need(isinstance(inputs, (list, tuple)), "inputs must be the list that forward returns, got a "
-          f"{type(inputs).__name__}", TypeError)
-    _need(len(inputs) == len(net), f"inputs must have an array for each of {len(net)} layers, got "
-          f"{len(inputs)}")
-    _need(net or _is_array(dy), f"dy must be an array, got a {type(dy).__name__}", TypeError)
+    _need(isinstance(inputs, (list, tuple)), "inputs must be the list that forward returns",
+          type(inputs), kind=TypeError)
+    _need(len(inputs) == len(net), f"inputs must be an array for each of {len(net)} layers",
+          len(inputs))
+    _need(_is_array(dy), "dy must be an array", dy, kind=TypeError)
     grads = []
     for layer, x in zip(reversed(net), reversed(inputs)):
         op_backward = _gradient(layer.op)               # conv_backward for conv
@@ -711,17 +724,17 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
 
 # 6 HOW CONVOLUTION IS MADE FAST ------------------------------------------------------------------
 #
-# What this section does changes results by rounding alone. The products get a block of columns
-# that about fits in a cache; unfold and fold move slices, not single pixels; and there are two
-# shortcuts. A faster where, and two sums that keep float32 accurate, end the section.
+# The columns of u are cut into blocks that about fit in a cache. unfold and fold move slices, not
+# single pixels. Then there are two shortcuts, a faster where, and two sums that keep float32
+# accurate.
 
-_BLOCK = 2 ** 20                # numbers of u that exist at a time, at most
+_BLOCK = 2 ** 20                # numbers of u that exist at a time on a CPU
 
 
 def _blocks(x, y, win):
     """Cut the output y into blocks, each a tuple of slices: of the images, then of each axis of
     pixels. For a block, neither u nor y nor the images that u is made from have more than _BLOCK
-    numbers, unless a single column or image has more. A GPU has larger blocks.
+    numbers (on a GPU 128 times as many), unless a single column or image has more.
 
     With 64 channels, 3x3 taps and images of 56x56 pixels u has 576 rows, and so 1820 columns at a
     time: the steps are (32, 56), which is 1792 pixels of one image.
@@ -735,9 +748,8 @@ def _blocks(x, y, win):
     for n in reversed(win.out):                         # the last axis whole, if there is room
         steps.insert(0, min(n, columns // math.prod(steps)))
     pixels = math.prod(steps)
-    # Small images share a block: 64 of 12x12 took four times as long one by one. But they have no
-    # more than 4096 columns together: dw is a sum over columns, and a product may add them up in
-    # turn, with a rounding each.
+    # Small images share a block: 64 of 12x12 took four times as long one by one. But only up to
+    # 4096 columns: dw is a sum over columns, and BLAS may add them up in turn, a rounding each.
     if on_cpu:
         columns = min(columns, 4096)
     images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
@@ -783,8 +795,8 @@ def _inside(first, step, count, n):
     """Which of the positions first, first + step, ..., count of them, lie on an axis of n pixels:
     as a slice of these positions, and as a slice of the pixels. For tap 0 above, _inside(-1, 1, 3,
     3), these are 1:3, the outputs, and 0:2, the pixels."""
-    low = max(-(first // step), 0)                      # the first that is 0 or more
-    high = min((n - 1 - first) // step + 1, count)      # one past the last that is below n
+    low = max(-(first // step), 0)                      # of the first that is 0 or more
+    high = min((n - 1 - first) // step + 1, count)      # one past that of the last below n
     high = max(high, low)                               # there may be none
     return slice(low, high), slice(first + low * step, first + high * step, step)
 
@@ -809,18 +821,18 @@ def _reads(u, x, outputs, win):
     """Pairs of views of the same shape: of a part of u (C, *kernel, images, *out), and of the
     pixels of x (C, images, *size) that it reads. outputs has a slice for each axis.
 
-    With one axis these are u[:, :, k, outputs], or u[:, :, taps, o], and x[:, :, pixels]. With
-    more, u gets its axes in the order C, images, k1, o1, k2, o2, ..., and of each k and o one is a
-    number and the other a slice.
+    To begin with, u gets its axes in the order C, images, k, o, for rank 2 C, images, k1, o1, k2,
+    o2. Then the views are u[:, :, k, outputs] or u[:, :, taps, o], and x[:, :, pixels]; for rank 2
+    u[:, :, k1, outputs1, taps2, o2], say, and x[:, :, pixels1, pixels2].
     """
     rank = len(outputs)
-    axes = [_reads_along(*along) for along in zip(
-        outputs, win.kernel, win.stride, win.dilation, win.before, x.shape[2:])]
     order = [axis for a in range(rank) for axis in (1 + a, 2 + rank + a)]
     u = u.transpose(0, 1 + rank, *order)
-    for along_each in itertools.product(*axes):
-        at, pixels = zip(*along_each)
-        yield u[:, :, *itertools.chain(*at)], x[:, :, *pixels]
+    reads_along_each = [_reads_along(*along) for along in zip(
+        outputs, win.kernel, win.stride, win.dilation, win.before, x.shape[2:])]
+    for reads in itertools.product(*reads_along_each):
+        taps_and_outputs, pixels = zip(*reads)
+        yield u[:, :, *itertools.chain(*taps_and_outputs)], x[:, :, *pixels]
 
 
 def _shape_of_u(x, block, win):
@@ -943,8 +955,8 @@ def _mirrored(w, win, size, groups):
 
 def _where(mask, a):
     """a where mask holds, else 0."""
-    # The bits of a, as integers, times 1 or 0: faster than where(mask, a, 0), and 0 also for an
-    # infinity that the mask leaves out.
+    # The bits of a, as integers, times 1 or 0: faster than where(mask, a, 0), and unlike a * mask
+    # 0 for an infinity, too.
     bits = a.view(f"i{a.itemsize}")
     return (bits * mask).view(a.dtype)
 
@@ -986,16 +998,14 @@ def linear_backward(dy, x, w, b=None):
 def _pool_window(x, kernel, stride, padding):
     """The window of a pool; None without a kernel, where the whole image is pooled."""
     size = x.shape[2:]
-    _need(math.prod(size), f"x must have pixels, got x.shape={x.shape}")
+    _need(math.prod(size), "x must have pixels", x.shape)
     if kernel is None:
-        if stride or padding != ((0, 0),) * len(size):
-            raise _Refused("stride and padding must be left out without a kernel, got "
-                           f"{_shown(stride)}, {_shown(padding)}")
+        _need(stride is None and padding == ((0, 0),) * len(size),
+              "stride and padding must be left out without a kernel", stride, padding)
         return None
     # a window of nothing but padding has no largest pixel
-    if padding != "same" and any(max(pair) >= k for pair, k in zip(padding, kernel)):
-        raise _Refused(f"padding must be smaller than the kernel {_shown(kernel)}, got "
-                       f"{_shown(padding)}")
+    _need(padding == "same" or all(max(pair) < k for pair, k in zip(padding, kernel)),
+          f"padding must be smaller than the kernel {_shown(kernel)}", padding)
     return _window(size, kernel, stride or kernel, padding, (1,) * len(size))
 
 
@@ -1014,8 +1024,9 @@ def _pool_taps(x, y, axis, win):
     axes_before = (slice(None),) * (2 + axis)
     n = x.shape[2 + axis]
     taps, stride, _, before, count = (entry[axis] for entry in win)
-    # the other taps lie outside of the image for all outputs
-    for k in range(max(before - (count - 1) * stride, 0), min(before + n, taps)):
+    first = max(before - (count - 1) * stride, 0)       # earlier taps are in front of the image
+    last = min(before + n, taps)                        # for all outputs, later ones behind it
+    for k in range(first, last):
         outputs, pixels = _inside(k - before, stride, count, n)
         yield x[*axes_before, pixels], y[*axes_before, outputs]
 
@@ -1065,7 +1076,7 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
     steps = _pool_steps(x, win, xp.maximum, -math.inf)
     for axis, (pixels, largest) in enumerate(reversed(steps)):
         dx = xp.zeros(pixels.shape, x.dtype)
-        left = dy.copy()                                # what no pixel has got
+        left = dy.copy()                                # what no pixel has won so far
         for (read, outputs), (dread, doutputs) in zip(
                 _pool_taps(pixels, largest, axis, win), _pool_taps(dx, left, axis, win)):
             wins = (read == outputs) | xp.isnan(read)
@@ -1107,7 +1118,7 @@ def _statistics(x):
     """The mean and the (biased) variance of each channel, and x without its mean."""
     count = x.size // x.shape[1]
     mean = _channel_sum(x) / count
-    mean = mean + _channel_sum(x - _over(mean, x)) / count          # what rounding left out
+    mean = mean + _channel_sum(x - _over(mean, x)) / count          # a second pass: less rounding
     centred = x - _over(mean, x)
     return mean, _channel_sum(centred * centred) / count, centred
 
@@ -1116,7 +1127,7 @@ def _normalised(x, mean, var, eps):
     """(x - mean) / sqrt(var + eps), and 1 / sqrt(var + eps)."""
     _need_both(mean, var)
     if mean is None:
-        _need(x.size, f"x must not be empty, got x.shape={x.shape}")
+        _need(x.size, "x must not be empty", x.shape)
         _, var, xhat = _statistics(x)
     else:
         xhat = x - _over(mean, x)
@@ -1162,7 +1173,8 @@ def _log_softmax(z):
     """log softmax of z (N, classes), accurate also where the softmax is almost 1.
 
     log softmax(z) = z - log sum_j exp(z[j]), and a constant may be added to all z: here the
-    largest becomes 0. Its term is 1, beside which the others might be lost: log1p adds that 1.
+    largest becomes 0, and its term in the sum 1. Beside a 1 small terms might be lost, so that the
+    sum is made without it, and log1p adds it.
     """
     xp = array_module(z)
     rows = xp.arange(len(z))
@@ -1264,7 +1276,7 @@ def mean_squared_error(y, target):
 
 @_checked(y="...", target="...")
 def mean_squared_error_backward(dy, y, target):
-    """2 * dy / size * (y - target) by y, and minus that by the target."""
+    """The gradient by y is 2 * dy / size * (y - target), and dtarget is minus that."""
     _need_examples(y)
     slope = (y - target) * (2 * _loss_dy(dy) / y.size)
     return slope, -slope
@@ -1390,15 +1402,15 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     task : "classification": from a position (M, 2, 1, 1) to the image of its pixel
         (M, 1, canvas, canvas); "rendering": to the square around it, of ones (in the paper's
         code 128/255); "regression": from the image of a pixel to its position (M, 2)
-    scale : "unit": positions that a network gets run from -1 to 1, those that it should give are
-        divided by canvas; "pixel": both are in pixels. The paper's code gives pixels to a network
-        and divides the targets.
+    scale : "unit": positions that a network gets are on the unit scale, those that it should give
+        are divided by canvas; "pixel": both are in pixels. The paper's code gives pixels to a
+        network and divides the targets.
 
     >>> data, test = not_so_clevr("quadrant")
     >>> data.x.shape, test.target.shape
     ((2407, 2, 1, 1), (729, 1, 64, 64))
     """
-    _need(square < canvas, f"canvas must be larger than square={square}, got {canvas}")
+    _need(square < canvas, f"canvas must be larger than square={square}", canvas)
     half = square // 2
     # the paper's order, in which its split was drawn: from column to column
     col, row = (i.ravel() for i in np.mgrid[half:canvas - half, half:canvas - half])
@@ -1406,8 +1418,8 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
         test = np.random.RandomState(20202).random_sample(len(row)) < 0.25
     else:
         test = (2 * row > canvas) & (2 * col > canvas)
-    _need(test.any() and not test.all(), f"canvas={canvas} is too small for a square of {square} "
-          "and positions to train and to test")
+    _need(test.any() and not test.all(), f"canvas must leave a square of {square} positions to "
+          "train and to test", canvas)
 
     def examples(coords):
         reach = half if task == "rendering" else 0
@@ -1438,8 +1450,8 @@ def adam_step(w, dw, m, v, step, *, learning_rate=0.005, beta1=0.9, beta2=0.99, 
     step counts from 1, where the moments m and v are zeros. beta2 is 0.99 as in Liu et al.,
     elsewhere 0.999.
     """
-    _need(not callable(learning_rate), "learning_rate must be a number here, got a function",
-          TypeError)
+    _need(not callable(learning_rate), "learning_rate must be a number", learning_rate,
+          kind=TypeError)
     m = beta1 * m + (1 - beta1) * dw
     v = beta2 * v + (1 - beta2) * dw * dw
     root = array_module(w).sqrt(v / (1 - beta2 ** step))
@@ -1565,12 +1577,13 @@ def _shard_gradients(net, loss, x, target, count, index):
 
 def _next_state(state, sums, adam, learning_rate, l2):
     """The State after one more step of train; sums are of what _shard_gradients lists."""
-    value, *sums = sums
     params = _params(state.net)
-    statistics = iter(sums[len(params):])               # a mean and a variance for each batch_norm
+    value = sums[0]
+    grads = sums[1:1 + len(params)]
+    statistics = iter(sums[1 + len(params):])           # a mean and a variance for each batch_norm
     step = state.step + 1
     updates = []
-    for p, dp, m, v in zip(params, sums, state.m, state.v):         # stops before statistics
+    for p, dp, m, v in zip(params, grads, state.m, state.v):
         if p.ndim > 1:
             value = value + l2 * (p * p).sum()
             dp = dp + 2 * l2 * p
@@ -1666,12 +1679,11 @@ def evaluate(net, x, target, *, score=accuracy, workers=1):
     def part(index):
         wanted = target[index]
         y, _ = forward(net, x[index])
-        _need(y.shape == wanted.shape, f"the network's output must have the target's shape, "
-              f"{wanted.shape}, got {y.shape}")
+        _need(y.shape == wanted.shape,
+              f"the network's output must have the target's shape {wanted.shape}", y.shape)
         found = score(y, wanted)
-        if getattr(found, "shape", None) != (len(wanted),):
-            raise _Refused(f"score must return an array of {len(wanted)} numbers, one for each "
-                           f"example, got {_shown(found)}")
+        _need(getattr(found, "shape", None) == (len(wanted),),
+              f"score must return an array of {len(wanted)} numbers, one for each example", found)
         return [found]
     with _team(workers, None, xp) as run:
         scores = run(part, _cut(xp.arange(len(x)), len(x) if whole else _shard(xp)))
@@ -1696,10 +1708,9 @@ def _map_leaves(f, argument, value, name=""):
     if value is None or callable(value):
         return value                                    # such as an op: it is not saved
     numbers = _is_array(value) and value.dtype.kind in "biufc"
-    if not numbers and not isinstance(
-            value, (bool, int, float, str, np.bool_, np.integer, np.floating)):
-        raise _Refused(f"{argument}{name} must be an array of numbers, a number or a string, got "
-                       f"a {type(value).__name__}", TypeError)
+    numbers |= isinstance(value, (bool, int, float, str, np.bool_, np.integer, np.floating))
+    _need(numbers, f"{argument}{name} must be an array of numbers, a number or a string",
+          type(value), kind=TypeError)
     return f(name, value)
 
 
@@ -1713,19 +1724,20 @@ def save(path, value):
     others = {}
 
     def leaf(name, a):
-        _need(name not in arrays.keys() | others.keys(), f"value has two entries named {name}")
+        _need(name not in arrays.keys() | others.keys(), "value must have one entry of a name",
+              name)
         if _is_array(a):
             arrays[name] = to_numpy(a)
         else:
             others[name] = a.item() if isinstance(a, np.generic) else a
     _map_leaves(leaf, "value", value)
-    _need(arrays or others, f"value must hold arrays or numbers, got {type(value)}", TypeError)
+    _need(arrays or others, "value must hold arrays or numbers", value, kind=TypeError)
     try:
         text = json.dumps(others)
     except (TypeError, ValueError) as error:            # a long double; more than 4300 digits
         raise _Refused(f"value holds a number that cannot be written: {error}") from None
     path = os.path.realpath(path)
-    _need(not os.path.exists(path) or os.path.isfile(path), f"path must be of a file, not {path}")
+    _need(not os.path.exists(path) or os.path.isfile(path), "path must be of a file", path)
     part = os.path.join(os.path.dirname(path), f".{os.urandom(4).hex()}.part")
     try:
         with open(part, "wb") as file:
@@ -1757,7 +1769,7 @@ def load(path, like):
 
     def leaf(name, a):
         names.append(name)
-        _need(name in found, f"{path} has nothing for like{name}")
+        _need(name in found, f"like{name} must be in the file", path)
         got = found[name]
         if _is_array(a):
             fits = isinstance(got, np.ndarray) and (got.dtype, got.shape) == (a.dtype, a.shape)
@@ -1770,7 +1782,8 @@ def load(path, like):
         return array_module(a).asarray(got) if _is_array(a) else type(a)(got)
     value = _map_leaves(leaf, "like", like)
     more = sorted(found.keys() - set(names))
-    _need(not more, f"{path} has {more[:3]}, which like has not")
+    if more:
+        raise _Refused(f"{path} has {_shown(more)}, which like has not")
     return value
 
 
@@ -1811,7 +1824,7 @@ def best_module():
 @_checked()
 def to_numpy(a):
     """The array on the host: a itself if it is a NumPy array, else a copy of the CuPy array."""
-    _need(_is_array(a), f"a must be a NumPy or CuPy array, got a {type(a).__name__}", TypeError)
+    _need(_is_array(a), "a must be a NumPy or CuPy array", a, kind=TypeError)
     return a if array_module(a) is np else a.get()
 
 
@@ -1823,11 +1836,10 @@ class _Refused(Exception):
         self.kind = kind
 
 
-def _need(condition, message, kind=ValueError):
-    """Raise _Refused unless the condition holds. Where _shown makes the message, an if saves time.
-    """
+def _need(condition, wanted, *got, kind=ValueError):
+    """Raise _Refused unless the condition holds: with what was wanted, and what came."""
     if not condition:
-        raise _Refused(message, kind)
+        raise _Refused(f"{wanted}, got {', '.join(map(_shown, got))}", kind)
 
 
 def _shown(value):
@@ -1856,7 +1868,7 @@ def _parameters(f):
 
 def _arguments(f, axes, args, options):
     """The arguments of a call by name, defaults included: options checked and completed as
-    _OPTIONS says, and arrays checked against their axes, as _check_shapes does."""
+    _OPTIONS says, and arrays checked against their axes."""
     names, positional, defaults = _parameters(f)
     given = defaults | dict(zip(positional, args)) | options
     twice = options.keys() & set(positional[:len(args)])
@@ -1874,9 +1886,28 @@ def _arguments(f, axes, args, options):
             # None is left as it is, except that rng=None becomes a Generator
             may_be_none = name in defaults and defaults[name] is None
             if name == "rng" or not (may_be_none and value is None):
-                given[name] = _OPTIONS[name](name, value, rank)
-    _check_shapes(arrays, axes, rank, given)
+                given[name] = _option(name, value, rank)
+    _check_lengths(arrays, axes, given.get("groups", 1), (rank or 0) + given.get("radius", False))
     return given
+
+
+_DTYPES = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def _same(arrays):
+    """Check that arrays, a dict by name, share a dtype and a module; return the module."""
+    for name, a in arrays.items():
+        _need(_is_array(a), f"{name} must be a NumPy or CuPy array (numpy.asarray makes one)", a,
+              kind=TypeError)
+        if a.dtype not in _DTYPES:
+            raise _Refused(f"{name} must be float32 or float64, got {a.dtype}; astype converts, "
+                           "and numpy.eye(classes, dtype=...)[labels] makes a target of labels",
+                           TypeError)
+    if len({(isinstance(a, np.ndarray), a.dtype) for a in arrays.values()}) > 1:
+        each = [f"{name} {array_module(a).__name__} {a.dtype}" for name, a in arrays.items()]
+        raise _Refused("arrays must share a module (cupy.asarray and to_numpy move them) and a "
+                       f"dtype (astype converts), got {', '.join(each)}", TypeError)
+    return array_module(*arrays.values())
 
 
 # The shapes of _checked are explained at the head of the file.
@@ -1893,158 +1924,178 @@ def _rank(arrays, axes):
         else:
             fits = more >= 0 if last == "..." else more == 1
         if not fits:
-            raise _wrong_shape(name, arrays, axes)
+            raise _wrong_shape(name, arrays, axes, {})
     return rank
 
 
-def _check_shapes(arrays, axes, rank, given):
-    """Check that each name stands for the same lengths in all arrays."""
-    lengths = {"1": (1,)}
-    G = given.get("groups", 1)
-    K = (rank or 0) + given.get("radius", False)        # the number of coordinate channels
+def _check_lengths(arrays, axes, G, K):
+    """Check that each name stands for the same length in all arrays."""
+    known = {"1": 1, "G": G, "K": K}
     for name, a in arrays.items():
         *named, last = axes[name]
-        parts = [(n,) for n in a.shape[:len(named)]] + [a.shape[len(named):]]
-        for axis, part in zip(axes[name], parts):
-            letter, here = axis, part
+        lengths = list(a.shape)
+        if last[0] in "*.":                             # it stands for all the axes that are left
+            lengths[len(named):] = [a.shape[len(named):]]
+        for axis, n in zip(axes[name], lengths):
             if axis.endswith("/G"):                     # with n for C/G, C is n * G
-                letter, here = axis[0], (part[0] * G,)
-            elif axis.endswith("+K"):                   # with n for C+K, C is n - K
-                letter, here = axis[0], (part[0] - K,)
+                axis, n = axis[0], n * G
+            if axis.endswith("+K"):                     # with n for C+K, C is n - K
+                axis, n = axis[0], n - K
             # the first array with this name says what it stands for, the others must agree
-            known = lengths.setdefault(letter, here)
-            if known != here:
-                where = {"/G": f"G = groups = {_shown(G)}", "+K": f"K = {K} coordinates"}.get(
-                    axis[1:], "equal names are equal lengths")
-                if letter in ("C", "F"):
-                    kind = "channels" if letter == "C" else "filters"
-                    where = f"{letter} = {known[0]} {kind}, {where}"
-                raise _wrong_shape(name, arrays, axes, where)
-    if G > 1 and (lengths["C"][0] % G or lengths["F"][0] % G):
-        raise _Refused(f"groups={_shown(G)} must divide the {lengths['C'][0]} channels and the "
-                       f"{lengths['F'][0]} filters")
+            if known.setdefault(axis, n) != n:
+                raise _wrong_shape(name, arrays, axes, known)
+    if G > 1:
+        C = known["C"]
+        F = known["F"]
+        _need(C % G == F % G == 0, "groups must divide the numbers of channels and filters, here "
+              f"{_shown(C)} and {_shown(F)}", G)
 
 
-def _wrong_shape(name, arrays, axes, where="equal names are equal lengths"):
+def _wrong_shape(name, arrays, axes, known):
+    shape = ", ".join(axes[name])
+    words = {"N": "images", "C": "channels", "F": "filters", "G": "groups", "K": "coordinates"}
+    parts = [f"{axis} = {_shown(known[axis])} {word}" for axis, word in words.items()
+             if axis in known and axis in shape]
+    where = f", where {', '.join(parts)}" if parts else ""
     got = ", ".join(f"{other}.shape={a.shape}" for other, a in arrays.items())
-    return _Refused(f"{name} must be ({', '.join(axes[name])}), where {where}, got {got}")
+    return _Refused(f"{name} must be ({shape}){where}, got {got}")
 
 
-_DTYPES = np.dtype(np.float32), np.dtype(np.float64)
+# The checks of options. Each takes a value and the rank of the images, None where there are none,
+# and returns what the function gets. It raises TypeError for a value of the wrong kind, and any
+# other error for a wrong one; _option makes the message.
 
+def _of(kind, value):
+    """The value, if it is of that kind. True is no number."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError
+    return value
 
-def _same(arrays):
-    """Check that arrays, a dict by name, share a dtype and a module; return the module."""
-    for name, a in arrays.items():
-        if not _is_array(a):
-            raise _Refused(f"{name} must be a NumPy or CuPy array (numpy.asarray makes one), got "
-                           f"{_shown(a)}", TypeError)
-        if a.dtype not in _DTYPES:
-            raise _Refused(f"{name} must be float32 or float64, got {a.dtype}; astype converts, "
-                           "and numpy.eye(classes, dtype=...)[labels] makes a target of labels",
-                           TypeError)
-    if len({(isinstance(a, np.ndarray), a.dtype) for a in arrays.values()}) > 1:
-        raise _Refused("arrays must share a module (cupy.asarray and to_numpy move them) and a "
-                       "dtype (astype converts), got " + ", ".join(
-                           f"{name} {array_module(a).__name__} {a.dtype}"
-                           for name, a in arrays.items()), TypeError)
-    return array_module(*arrays.values())
-
-
-# The checks of the options, which the table _OPTIONS below assigns to them. A check takes the name
-# of an option, its value and the rank, and returns the value for the function, or raises _Refused.
-# _integer(1), say, makes such a check.
 
 def _integer(low, odd=False):
-    def check(name, value, rank):
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise _Refused(f"{name} must be an integer, got {_shown(value)}", TypeError)
-        if value < low or odd and value % 2 == 0:
-            raise _Refused(f"{name} must be at least {low}{', and odd' if odd else ''}, got "
-                           f"{_shown(value)}")
-        return int(value)
+    def check(value, rank):
+        n = int(_of(Integral, value))
+        if n < low or odd and n % 2 == 0:
+            raise ValueError
+        return n
     return check
 
 
-def _integers(low, one_for_all=True):
-    """A tuple of integers, one per axis. If the rank is known, one integer may do for all."""
-    def check(name, value, rank):
-        each = value
-        if one_for_all and rank is not None and not isinstance(value, (tuple, list)):
-            each = (value,) * rank
-        if not isinstance(each, (tuple, list)):
-            raise _Refused(f"{name} must be a tuple of integers, got {_shown(value)}", TypeError)
-        if not each or rank is not None and len(each) != rank:
-            raise _Refused(f"{name} must have an entry for each of {rank or 'one or more'} axes, "
-                           f"got {_shown(value)}")
-        return tuple(_integer(low)(name, v, rank) for v in each)
+def _each(value, rank):
+    """An entry for each axis."""
+    return value if isinstance(value, (tuple, list)) else (value,) * rank
+
+
+def _integers(low):
+    def check(value, rank):
+        each = _each(value, rank)
+        if len(each) != rank:
+            raise ValueError
+        return tuple(_integer(low)(n, rank) for n in each)
     return check
 
 
-def _padding(name, value, rank):
-    """A (before, after) pair per axis, or "same", which _window turns into pairs."""
-    if isinstance(value, str) and value in ("same", "valid"):
-        return "same" if value == "same" else ((0, 0),) * rank
-    each = value if isinstance(value, (tuple, list)) else (value,) * rank
-    pairs = [p if isinstance(p, (tuple, list)) else (p, p) for p in each]
-    if isinstance(value, str) or len(pairs) != rank or {len(pair) for pair in pairs} != {2}:
-        raise _Refused(f"{name} must be an integer, one or a (before, after) pair for each of "
-                       f"{rank} axes, 'valid' or 'same', got {_shown(value)}")
-    return tuple(tuple(_integer(0)(name, p, rank) for p in pair) for pair in pairs)
+def _size(value, rank):
+    return _integers(1)(_of((tuple, list), value), rank or max(len(value), 1))
+
+
+def _kernel(value, rank):
+    check = _integer(1) if rank is None else _integers(1)
+    return check(value, rank)
+
+
+def _padding(value, rank):
+    if isinstance(value, str):
+        return {"same": "same", "valid": ((0, 0),) * rank}[value]
+    pairs = [_each(entry, 2) for entry in _each(value, rank)]
+    if len(pairs) != rank:
+        raise ValueError
+    return tuple(_integers(0)(pair, 2) for pair in pairs)
 
 
 def _number(below=sys.float_info.max):
-    def check(name, value, rank):
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise _Refused(f"{name} must be a number, got {_shown(value)}", TypeError)
-        with contextlib.suppress(OverflowError):        # of 10**400, say
-            if 0 <= float(value) < below:
-                return float(value)
-        raise _Refused(f"{name} must be from 0 to below {below}, got {_shown(value)}")
+    def check(value, rank):
+        number = float(_of(Real, value))                # OverflowError for 10**400
+        if not 0 <= number < below:
+            raise ValueError
+        return number
     return check
 
 
-def _rate(name, value, rank):
-    return value if callable(value) else _number()(name, value, rank)
+def _rate(value, rank):
+    return value if callable(value) else _number()(value, rank)
 
 
 def _choice(*allowed):
-    def check(name, value, rank):
-        if not isinstance(value, (str, Integral, np.bool_)) or value not in allowed:
-            raise _Refused(f"{name} must be one of {allowed}, got {_shown(value)}",
-                           ValueError if isinstance(value, type(allowed[0])) else TypeError)
-        return allowed[allowed.index(value)]            # for 1 or np.True_, True itself
+    def check(value, rank):
+        if _of(str, value) not in allowed:
+            raise ValueError
+        return value
     return check
 
 
-def _dtype(name, value, rank):
+def _flag(value, rank):
+    if not isinstance(value, (Integral, np.bool_)) or value not in (0, 1):
+        raise TypeError
+    return bool(value)
+
+
+def _dtype(value, rank):
     with contextlib.suppress(Exception):                # NumPy has many for what is no dtype
         # np.dtype(None) is float64
         if value is not None and np.dtype(value) in _DTYPES:
             return np.dtype(value)
-    raise _Refused(f"{name} must be float32 or float64, got {_shown(value)}", TypeError)
+    raise TypeError
 
 
-def _path(name, value, rank):
-    if not isinstance(value, (str, bytes, os.PathLike)):
-        raise _Refused(f"{name} must be a path, got {_shown(value)}", TypeError)
-    _need("\0" not in os.fsdecode(value), f"{name} must be without a null, got {_shown(value)}")
-    return os.fsdecode(value)
-
-
-def _module(name, value, rank):
+def _module(value, rank):
     if value is not np and (value is None or value is not sys.modules.get("cupy")):
-        raise _Refused(f"{name} must be the module numpy or cupy, got {_shown(value)}", TypeError)
+        raise TypeError
     return value
 
 
-def _generator(name, value, rank):
+def _path(value, rank):
+    path = os.fsdecode(value)
+    if "\0" in path:
+        raise ValueError
+    return path
+
+
+def _generator(value, rank):
     if isinstance(value, np.random.Generator):
         return value
-    return np.random.default_rng(None if value is None else _integer(0)(name, value, rank))
+    return np.random.default_rng(None if value is None else _integer(0)(value, rank))
 
 
-def _own(name, value, kind):
+def _function(value, rank):
+    return _of(collections.abc.Callable, value)
+
+
+def _processes(value, rank):
+    with contextlib.suppress(Exception):                # MPI.COMM_NULL raises one of its own
+        if value.size > value.rank >= 0 and callable(value.allgather):
+            return value
+    raise TypeError
+
+
+def _network(value, rank, name="net"):
+    if not isinstance(value, (list, tuple)) or hasattr(value, "_fields"):
+        raise TypeError
+    for i, layer in enumerate(value):
+        _need_own(f"{name}[{i}]", layer, Layer)
+    return value
+
+
+def _state(value, rank):
+    _need_own("state", value, State)
+    _network(value.net, rank, "state.net")
+    shapes = [p.shape for p in _params(value.net)]
+    if not all([a.shape for a in moments] == shapes for moments in (value.m, value.v)):
+        raise ValueError
+    return value._replace(step=_integer(0)(value.step, rank), seed=_integer(0)(value.seed, rank))
+
+
+def _need_own(name, value, kind):
     """Check that value is a Layer or a State of this file."""
     if not isinstance(value, kind):
         found = type(value)
@@ -2053,62 +2104,48 @@ def _own(name, value, kind):
                        f"{twin if found.__name__ == kind.__name__ else ''}", TypeError)
 
 
-def _state(name, value, rank):
-    _own(name, value, State)
-    _network(f"{name}.net", value.net, rank)
-    shapes = [p.shape for p in _params(value.net)]
-    for key in ("m", "v"):
-        moments = getattr(value, key)
-        fits = isinstance(moments, (list, tuple)) and (
-            [getattr(a, "shape", None) for a in moments] == shapes)
-        _need(fits, f"{name}.{key} must be a list with an array for each parameter of its net")
-    for key in ("step", "seed"):
-        _integer(0)(f"{name}.{key}", getattr(value, key), rank)
-    return value
+# What an option of a name is, wherever it occurs.
+_OPTIONS = {name: (wanted, check) for names, wanted, check in [
+    ("n groups width canvas step steps batch_size workers",
+     "an integer of 1 or more", _integer(1)),
+    ("seed", "an integer of 0 or more", _integer(0)),
+    ("square", "an odd integer of 1 or more", _integer(1, odd=True)),
+    ("size shape", "a tuple of integers of 1 or more", _size),
+    ("stride dilation", "an integer of 1 or more, or one for each axis", _integers(1)),
+    ("output_padding", "an integer of 0 or more, or one for each axis", _integers(0)),
+    ("padding", "an integer of 0 or more, one or a (before, after) pair for each axis, 'valid' or "
+     "'same'", _padding),
+    ("kernel", "an integer of 1 or more, or, for a pool, one for each axis", _kernel),
+    ("l2 eps", "a finite number of 0 or more", _number()),
+    ("beta1 beta2", "a number from 0 to below 1", _number(below=1)),
+    ("learning_rate", "a finite number of 0 or more, or a function of the steps done", _rate),
+    ("radius", "True or False", _flag),
+    ("scale", "'unit' or 'pixel'", _choice("unit", "pixel")),
+    ("split", "'uniform' or 'quadrant'", _choice("uniform", "quadrant")),
+    ("task", "'classification', 'rendering' or 'regression'",
+     _choice("classification", "rendering", "regression")),
+    ("start", "'he' or 'relative'", _choice("he", "relative")),
+    ("dtype", "float32 or float64", _dtype),
+    ("xp", "the module numpy or cupy", _module),
+    ("rng", "a numpy.random.Generator, an integer of 0 or more, or None", _generator),
+    ("path", "a path without a null", _path),
+    ("loss score", "a function", _function),
+    ("comm", "None, or have rank, size and allgather, as MPI.COMM_WORLD has", _processes),
+    ("net", "a list of Layer", _network),
+    ("state", "a State with a step, a seed, and as many moments m and v as parameters", _state),
+] for name in names.split()}
 
 
-def _network(name, net, rank):
-    _need(isinstance(net, (list, tuple)) and not hasattr(net, "_fields"),
-          f"{name} must be a list of Layer, got a {type(net).__name__}", TypeError)
-    for i, layer in enumerate(net):
-        _own(f"{name}[{i}]", layer, Layer)
-    return net
-
-
-def _kernel(name, value, rank):
-    """The size of a kernel: an integer for a network, one per axis for a pool."""
-    check = _integer(1) if rank is None else _integers(1)
-    return check(name, value, rank)
-
-
-def _processes(name, comm, rank):
-    with contextlib.suppress(Exception):                # MPI.COMM_NULL raises one of its own
-        if comm.size > comm.rank >= 0 and callable(comm.allgather):
-            return comm
-    raise _Refused(f"{name} must have rank, size and allgather, as MPI.COMM_WORLD has, got "
-                   f"{_shown(comm)}", TypeError)
-
-
-def _function(name, value, rank):
-    _need(callable(value), f"{name} must be a function, got a {type(value).__name__}", TypeError)
-    return value
-
-
-_OPTIONS = {
-    "n": _integer(1), "groups": _integer(1), "width": _integer(1), "canvas": _integer(1),
-    "step": _integer(1), "steps": _integer(1), "batch_size": _integer(1), "workers": _integer(1),
-    "seed": _integer(0), "square": _integer(1, odd=True),
-    "size": _integers(1, one_for_all=False), "shape": _integers(1, one_for_all=False),
-    "stride": _integers(1), "dilation": _integers(1), "padding": _padding,
-    "output_padding": _integers(0), "kernel": _kernel,
-    "learning_rate": _rate, "l2": _number(), "eps": _number(),
-    "beta1": _number(below=1), "beta2": _number(below=1),
-    "radius": _choice(False, True), "scale": _choice("unit", "pixel"),
-    "split": _choice("uniform", "quadrant"), "start": _choice("he", "relative"),
-    "task": _choice("classification", "rendering", "regression"),
-    "dtype": _dtype, "xp": _module, "rng": _generator, "net": _network, "state": _state,
-    "loss": _function, "score": _function, "comm": _processes, "path": _path,
-}
+def _option(name, value, rank):
+    """The value of an option, checked and completed."""
+    wanted, check = _OPTIONS[name]
+    try:
+        return check(value, rank)
+    except _Refused:                                    # it has a message of its own
+        raise
+    except Exception as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+    raise _Refused(f"{name} must be {wanted}, got {_shown(value)}", kind)
 
 
 def _need_output(size, kernel, padding, out):
@@ -2126,7 +2163,7 @@ def _pixels(x):
 def _flat(x):
     """x (N, ...) as (N, entries), contiguous; there must be at least one entry."""
     _need(math.prod(x.shape[1:]), "x (or image, logits, y) must have one or more entries for each "
-          f"of N, got shape {x.shape}")
+          "of N", x.shape)
     return array_module(x).ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:]))
 
 
@@ -2151,36 +2188,32 @@ def _hot_pixels(pixels):
 def _positions(coords, size):
     """The positions coords (N, len(size)) as integers, checked to lie in the image."""
     _need(_is_array(coords) and coords.dtype.kind in "iuf",
-          "coords must be an array of whole numbers, got "
-          f"{coords.dtype if _is_array(coords) else _shown(coords)}", TypeError)
-    _need(coords.shape[1:] == (len(size),), f"coords must be (N, {len(size)}), got {coords.shape}")
+          "coords must be an array of whole numbers", coords, kind=TypeError)
+    _need(coords.shape[1:] == (len(size),), f"coords must be (N, {len(size)})", coords.shape)
     xp = array_module(coords)
     at = coords.astype(np.float64)
     right = ((at >= 0) & (at < xp.asarray(size)) & (at == xp.floor(at))).all(axis=1)
-    if not right.all():
-        raise _Refused(f"coords must be whole numbers from 0 to below {size}, got "
-                       f"{coords[int(right.argmin())].tolist()}")
+    _need(right.all(), f"coords must be whole numbers from 0 to below {size}", coords[~right])
     return at.astype(np.int64)
 
 
 def _need_exact(size, dtype):
     most = int(2 / np.finfo(dtype).eps)                 # up to here the dtype holds every integer
-    if max(size) > most:
-        raise _Refused(f"n, size or x.shape must have at most {most} pixels on an axis, as "
-                       f"{dtype} cannot tell more apart, got {_shown(size)}")
+    _need(max(size) <= most, f"n, size or x.shape must have at most {most} pixels on an axis, as "
+          f"{dtype} cannot tell more apart", size)
 
 
 def _need_shape(dy, shape):
-    _need(dy.shape == shape, f"dy must have the output's shape {shape}, got {dy.shape}")
+    _need(dy.shape == shape, f"dy must have the output's shape {shape}", dy.shape)
 
 
 def _need_both(mean, var):
-    _need((mean is None) == (var is None), "mean and var must be given together or not at all, "
-          f"got only {'var' if mean is None else 'mean'}")
+    _need((mean is None) == (var is None), "mean and var must be given together or not at all",
+          mean, var)
 
 
 def _need_examples(y):
-    _need(y.size, f"logits, or y, must not be empty, got shape {y.shape}")
+    _need(y.size, "logits, or y, must not be empty", y.shape)
 
 
 def _loss_dy(dy):
@@ -2200,8 +2233,8 @@ def _gradient(op):
     name = getattr(op, "__name__", "") + "_backward"
     beside = getattr(op, "__globals__", {})
     found = beside.get(name)
-    if getattr(found, "__globals__", None) is not beside:
-        raise _Refused(f"{_shown(op)} has no function {name} beside it", TypeError)
+    _need(getattr(found, "__globals__", None) is beside,
+          f"op and loss must have a function {name} beside them", op, kind=TypeError)
     return found
 
 
@@ -2211,9 +2244,8 @@ def _split(found, layer):
     want = [None if p is None else p.shape for p in layer.params]
     got = [None if dp is None else dp.shape for dp in dparams]
     # a gradient may end in None for each of the op's parameters that the layer does not give
-    if got != want + [None] * (len(got) - len(want)):
-        raise _Refused(f"the gradient of {layer.op.__name__} must be by its input and by params "
-                       f"of shape {want}, got {got}")
+    _need(got == want + [None] * (len(got) - len(want)), f"the gradient of {layer.op.__name__} "
+          f"must be by its input and by params of shape {want}", got)
     return dx, dparams[:len(want)]
 
 
@@ -2221,15 +2253,15 @@ def _params_module(net, **examples):
     """The module of a network's parameters, and of examples, which share it."""
     params = {f"net[{i}].params[{j}]": p for i, layer in enumerate(net)
               for j, p in enumerate(layer.params) if p is not None}
-    _need(params, f"net must have parameters, got none in {len(net)} layers")
+    _need(params, "net must have parameters", net)
     return _same(params | examples)
 
 
 def _examples_module(net, x, target):
     """The same for the arrays that a network is to learn, or to be scored on."""
     xp = _params_module(net, x=x, target=target)
-    _need(x.ndim and target.ndim and len(x) == len(target) > 0, "x and target must hold as many "
-          f"examples, one or more, got x.shape={x.shape}, target.shape={target.shape}")
+    _need(x.ndim and target.ndim and len(x) == len(target) > 0,
+          "x and target must hold as many examples, one or more", x.shape, target.shape)
     return xp
 
 
