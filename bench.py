@@ -1319,7 +1319,8 @@ def published(
     at the end of all. If it is killed, the next call goes on from the state that was saved last.
 
     scale : of coordinates, "unit", from -1 to 1, or "pixel", as in the paper's code
-    decay : of the rate, "constant", or "step", a tenth every 200 epochs, up to 4 times
+    decay : of the rate, "constant", "step", a tenth every 200 epochs, up to 4 times, or "late", a
+        tenth in the last fifth of the epochs
     """
     more = [split] if model == "conv_regressor" else []
     net = MODELS[model](*more, rng=seed, xp=xp, **options)
@@ -1327,7 +1328,9 @@ def published(
     per_epoch = -(-len(train.x) // batch_size)
 
     def rate(step):
-        tenths = min(4, step // per_epoch // 200) if decay == "step" else 0
+        epoch = step // per_epoch
+        late = epoch >= 0.8 * epochs
+        tenths = {"constant": 0, "step": min(4, epoch // 200), "late": int(late)}[decay]
         return learning_rate * 0.1**tenths
 
     recipe = options | {
@@ -1456,12 +1459,16 @@ LONG_READ = PAPER | {
     "epochs": 100,
     "batch_size": 256,
 }
+LONG_COORD_READER = {"model": "coordconv_regressor", "learning_rate": 0.01, "l2": 1e-5}
 publish(
     "coordconv regressor",
     tuple(range(10)),
     2,
     ("coordinate", UNIT[1]),
-    **LONG_READ | {"model": "coordconv_regressor", "learning_rate": 0.01, "l2": 1e-5},
+    **LONG_READ | LONG_COORD_READER,
+)
+publish(
+    "late regressor", (0, 1, 2, 3, 4), 2, None, **LONG_READ | LONG_COORD_READER | {"decay": "late"}
 )
 publish(
     "conv regressor",
@@ -1648,6 +1655,19 @@ def long_square_deconv(*groups):
 )
 def long_reader(uniform, quadrant):
     """By the bounds of the default table."""
+    return does(READS, [uniform, quadrant])
+
+
+@row(
+    "full-coord-late",
+    COORDINATE,
+    "CoordConv: a tenth of the rate at the end",
+    "coordref",
+    "late regressor *",
+    full=True,
+)
+def long_late_reader(uniform, quadrant):
+    """Whether the misses above come from the constant rate."""
     return does(READS, [uniform, quadrant])
 
 

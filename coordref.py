@@ -32,8 +32,9 @@ unit scale an axis runs from -1 to 1, on the pixel scale it counts pixels from 0
 distance from where all coordinates are 0.
 
 Below every layer and loss f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
-**options). It takes the upstream gradient dy, shaped as f's output, and then the same arguments as
-f. It returns dx and one gradient for each of params, or just dx if f has none.
+**options). It takes the upstream gradient dy, shaped as f's output (of a loss a number), and then
+the same arguments as f. It returns dx and one gradient for each of params, or just dx if f has
+none.
 
 The line above a function, such as @_checked(x="N C *size", w="F C/G *kernel", b="F?"), states the
 shapes of its arrays, if it has any that are checked there:
@@ -48,8 +49,8 @@ so does the result.
 A table near the end, _OPTIONS, says what an option may be. Options are completed before the
 function sees them: for images of rank 2 a stride of 2 becomes (2, 2). An argument of the wrong
 kind raises TypeError, one of the wrong value or shape ValueError. Public functions never write to
-their arguments, though a Generator given as rng moves on. Some private helpers stand in sections 6
-and 10; those named _need... raise an error unless something holds.
+their arguments, though a Generator given as rng moves on. Helpers that a section uses and does not
+define stand in sections 6 and 10; those named _need... raise an error unless something holds.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -109,9 +110,10 @@ __all__ = """
 
 
 def _checked(**shapes):
-    """Decorator: check f's arguments, complete its options, and then call f. That is all that
-    sections 1 to 9 need of it. _arguments of section 10 does the work, and returns all arguments
-    by name; a _Refused, which it or f raises if one is wrong, becomes an error here."""
+    """Decorator: check f's arguments, complete its options, and then call f. For sections 1 to 9
+    this is all that one needs to know. _arguments of section 10 does the work, and returns all
+    arguments by name; a _Refused, which it or f raises if one is wrong, becomes an error here."""
+    # the ? is for readers: what decides is whether the default is None
     axes = {name: shape.removesuffix("?").split() for name, shape in shapes.items()}
 
     def decorate(f):
@@ -226,7 +228,7 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   relu           0   1   0   0
 #
 # Section 5 wires both as networks. Two functions get the same results more directly: decode looks
-# for the hot pixel, since no other adds to the sum, and encode sets it.
+# for the hot pixel, since no other adds to the critic's sum, and encode sets it.
 
 @_checked(image="N 1 *size")
 def decode(image):
@@ -298,9 +300,8 @@ def encode(coords, size, *, dtype=np.float32):
 #
 # For one axis, with a stride and a dilation of 1 and without zeros, both are a slice for each tap:
 #
-#   for k in range(taps):                   x and dx are (C, pixels), u and du (C, taps, out)
-#       u[:, k] = x[:, k:k + out]           unfold
-#       dx[:, k:k + out] += du[:, k]        fold, into a dx of zeros
+#   unfold:   u[:, k] = x[:, k:k + out]         x and dx are (C, pixels), u and du (C, taps, out)
+#   fold:     dx[:, k:k + out] += du[:, k]      dx is zeros to begin with
 #
 # Section 6 does so for any number of axes, and for a block of the columns at a time, since u
 # repeats a pixel for every tap that reads it. With G groups the filters of a group see the
@@ -320,10 +321,10 @@ def _window(size, kernel, stride, padding, dilation):
     if padding == "same":
         # ceil(size / stride) outputs, and just so much padding that the last one fits: for 6
         # pixels, a stride of 2 and a span of 3 these are 3 outputs, 7 pixels and the pair (0, 1)
-        wanted = [-(-length // s) for length, s in zip(size, stride)]   # rounded up
-        needed = [(m - 1) * s + span for m, s, span in zip(wanted, stride, spans)]
-        added = [max(n - length, 0) for n, length in zip(needed, size)]
-        padding = [(n // 2, n - n // 2) for n in added]
+        counts = [-(-length // s) for length, s in zip(size, stride)]   # rounded up
+        needed = [(count - 1) * s + span for count, s, span in zip(counts, stride, spans)]
+        missing = [max(least - length, 0) for least, length in zip(needed, size)]
+        padding = [(zeros // 2, zeros - zeros // 2) for zeros in missing]
     padded = [length + before + after for length, (before, after) in zip(size, padding)]
     out = tuple((length - span) // s + 1 for length, span, s in zip(padded, spans, stride))
     _need_output(size, kernel, padding, out)
@@ -333,8 +334,7 @@ def _window(size, kernel, stride, padding, dilation):
 # The three products, block by block. What they call stands in section 6:
 #
 #   _unfold(x, y, win, groups)    yields the blocks of y, each with its columns of u
-#   _blocks(x, y, win)            yields the same blocks alone, as slices; of x and y only the
-#                                 shapes count, so dx and dy do as well
+#   _blocks(x, y, win)            yields the same blocks alone, as slices, by the shapes of x and y
 #   _fold(du, dx, block, win)     adds the columns of du for a block to the pixels of dx
 #   _columns(y, block, groups)    the columns of a block of y, (G, F/G, columns)
 #   _set_columns(y, block, cols)  writes such columns to a block of y
@@ -432,12 +432,12 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #
 # Padding then cuts off pixels before and after. Let "the reverse" be the convolution with the same
 # w that leads back, from images of y's size to images of x's. Then our y is its dx, made from our
-# x as its dy. The same arrays have two names:
+# x as its dy. The arrays are the same, under other names:
 #
 #   conv_transpose     x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
 #   the reverse        dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
 #
-# So the reverse's window has the size of our x for its out.
+# So the reverse's window has the size of our x for its out. And our dx is the reverse of our dy.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
     """The window of the reverse, and the size of y."""
@@ -445,16 +445,16 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
     kernel = w.shape[2:]
     _need(all(e < max(s, d) for e, s, d in zip(output_padding, stride, dilation)),
           "output_padding must be smaller than stride or dilation", output_padding)
-    full = [(n - 1) * s + (k - 1) * d + 1 + extra       # what is painted, and output_padding
-            for n, s, k, d, extra in zip(size, stride, kernel, dilation, output_padding)]
+    full = [(length - 1) * s + (taps - 1) * d + 1 + extra       # what is painted, and more
+            for length, s, taps, d, extra in zip(size, stride, kernel, dilation, output_padding)]
     if padding == "same":
         # y is to have size * stride pixels, so the surplus is cut off, half of it on either side.
         # It may be -2: x = [1 10] with a single tap and a stride of 3 paints [1 0 0 10], and 6
         # pixels are wanted. Then the padding (0, -2) adds two zeros behind.
-        surplus = [m - n * s for m, n, s in zip(full, size, stride)]
-        front = [max(m, 0) // 2 for m in surplus]
-        padding = [(before, m - before) for before, m in zip(front, surplus)]
-    y_size = tuple(m - before - after for m, (before, after) in zip(full, padding))
+        surplus = [painted - length * s for painted, length, s in zip(full, size, stride)]
+        front = [max(more, 0) // 2 for more in surplus]
+        padding = [(before, more - before) for before, more in zip(front, surplus)]
+    y_size = tuple(painted - before - after for painted, (before, after) in zip(full, padding))
     _need_output(size, kernel, padding, y_size)
     return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), size), y_size
 
@@ -487,8 +487,8 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
                             groups=1):
     """dx, dw and db of conv_transpose.
 
-    dx = w @ unfold(dy), the reverse, with dy for its x
-    dw = x @ unfold(dy).T, as the reverse's dw, with x for its dy
+    dx = w @ unfold(dy), the reverse of dy
+    dw = x @ unfold(dy).T, the reverse's dw
     db[f] = sum_{n, i} dy[n, f, i]
     """
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
@@ -608,7 +608,8 @@ class Layer(collections.namedtuple("Layer", "op params options")):
     """One step of a network: it computes op(x, *params, **options). A network is a list of Layers.
 
     op : a function with a gradient, of this file or of another module. The gradient must stand in
-        the same module, under the same name with "_backward" appended.
+        the same module, under the same name with "_backward" appended. A decorator from elsewhere
+        hides where a function stands.
     params : the list of arrays that training changes; None stands for one that is left out
     options : a dict of all the rest, including arrays that get no gradient
     """
@@ -748,8 +749,9 @@ def _blocks(x, y, win):
     for n in reversed(win.out):                         # the last axis whole, if there is room
         steps.insert(0, min(n, columns // math.prod(steps)))
     pixels = math.prod(steps)
-    # Small images share a block: 64 of 12x12 took four times as long one by one. But only up to
-    # 4096 columns: dw is a sum over columns, and BLAS may add them up in turn, a rounding each.
+    # Small images share a block: 64 of 12x12 took four times as long one by one. But they do so
+    # only up to 4096 columns (a large image may have more): dw is a sum over columns, and BLAS may
+    # add those of many small images up in turn, with a rounding each.
     if on_cpu:
         columns = min(columns, 4096)
     images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
@@ -804,7 +806,7 @@ def _inside(first, step, count, n):
 def _reads_along(outputs, taps, stride, dilation, before, n):
     """What the outputs, a slice, read of an axis of n pixels. Yields ((k, outputs), pixels), for
     one tap and a slice of these outputs, or ((taps, o), pixels), for a slice of taps and one
-    output."""
+    output. Outputs are counted from the first of the block."""
     first = outputs.start * stride - before             # what tap 0 reads for the first output
     count = outputs.stop - outputs.start
     if taps <= count:
@@ -821,11 +823,11 @@ def _reads(u, x, outputs, win):
     """Pairs of views of the same shape: of a part of u (C, *kernel, images, *out), and of the
     pixels of x (C, images, *size) that it reads. outputs has a slice for each axis.
 
-    To begin with, u gets its axes in the order C, images, k, o, for rank 2 C, images, k1, o1, k2,
-    o2. Then the views are u[:, :, k, outputs] or u[:, :, taps, o], and x[:, :, pixels]; for rank 2
-    u[:, :, k1, outputs1, taps2, o2], say, and x[:, :, pixels1, pixels2].
+    For rank 2 these are, say, u[:, k1, taps2, :, outputs1, o2] and x[:, :, pixels1, pixels2]. So
+    that their axes are in the same order, each axis of taps is moved in front of its outputs.
     """
     rank = len(outputs)
+    # rank 2: (C, k1, k2, images, o1, o2) becomes (C, images, k1, o1, k2, o2)
     order = [axis for a in range(rank) for axis in (1 + a, 2 + rank + a)]
     u = u.transpose(0, 1 + rank, *order)
     reads_along_each = [_reads_along(*along) for along in zip(
@@ -842,9 +844,9 @@ def _shape_of_u(x, block, win):
 
 
 def _unfold(x, y, win, groups):
-    """Yields each block of the output y and its columns of u, (G, rows, columns). In a 1x1
-    convolution u is x. Else all blocks share the memory of the first, which is the largest: new
-    memory took up to three times as long as all the rest."""
+    """Yields each block of the output y and its columns of u, (G, rows, columns). Where an output
+    reads its own pixel alone, u is x. Else all blocks share the memory of the first, which is the
+    largest: new memory took up to three times as long as all the rest."""
     if _reads_own_pixel(win, x.shape[2:]):
         for block in _blocks(x, y, win):
             yield block, _columns(x, block, groups)
@@ -931,7 +933,8 @@ def _is_mirroring_faster(dy, w, win, size, groups):
     # Else u has F * size numbers for each tap, where du has C * out. To fill in one of u takes
     # half as long as to add one of du to dx.
     faster = F * math.prod(size) < 2 * C * outputs
-    # Outside of dy w meets zeros, and infinity * 0 is NaN. A look at w would make a GPU wait.
+    # Mirrored, all of w meets the zeros around dy, and infinity * 0 is NaN. So w must be finite,
+    # which a GPU is not asked, as the answer would be a wait.
     return faster and array_module(w) is np and np.isfinite(w).all()
 
 
@@ -1074,7 +1077,7 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
         xp.put_along_axis(dx, _pixels(x).argmax(axis=2)[:, :, None], dy[:, :, None], axis=2)
         return dx.reshape(x.shape)
     steps = _pool_steps(x, win, xp.maximum, -math.inf)
-    for axis, (pixels, largest) in enumerate(reversed(steps)):
+    for axis, (pixels, largest) in enumerate(reversed(steps)):          # the last step first
         dx = xp.zeros(pixels.shape, x.dtype)
         left = dy.copy()                                # what no pixel has won so far
         for (read, outputs), (dread, doutputs) in zip(
