@@ -430,17 +430,17 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #   10 * w                10  20  30
 #   y              1   2  13  20  30
 #
-# Padding then cuts off pixels before and after. Let "the reverse" be the convolution with the same
-# w that leads back, from images of y's size to images of x's. Then our y is its dx, made from our
-# x as its dy. The arrays are the same, under other names:
+# Padding then cuts off pixels before and after. The three products are those of a convolution, in
+# which x and dy have changed places, and so have y and dx:
 #
-#   conv_transpose     x  (N, C, *size)    y  (N, F, *out)     w (C, F/G, *kernel)
-#   the reverse        dy (N, F, *out)     dx (N, C, *size)    w (F, C/G, *kernel)
+#   convolution     y = w @ unfold(x)       dw = dy @ unfold(x).T       dx = fold(w.T @ dy)
+#   transposed      dx = w @ unfold(dy)     dw = x @ unfold(dy).T       y = fold(w.T @ x)
 #
-# So the reverse's window has the size of our x for its out. And our dx is the reverse of our dy.
+# So the channels of x are the first axis of w, and the window moves over y: at each stop it paints
+# a pixel of x.
 
 def _transpose_window(x, w, stride, padding, output_padding, dilation):
-    """The window of the reverse, and the size of y."""
+    """The window, which has a stop for each pixel of x, and the size of y."""
     size = x.shape[2:]
     kernel = w.shape[2:]
     _need(all(e < max(s, d) for e, s, d in zip(output_padding, stride, dilation)),
@@ -448,15 +448,14 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
     full = [(length - 1) * s + (taps - 1) * d + 1 + extra       # what is painted, and more
             for length, s, taps, d, extra in zip(size, stride, kernel, dilation, output_padding)]
     if padding == "same":
-        # y is to have size * stride pixels, so the surplus is cut off, half of it on either side.
-        # It may be -2: x = [1 10] with a single tap and a stride of 3 paints [1 0 0 10], and 6
-        # pixels are wanted. Then the padding (0, -2) adds two zeros behind.
-        surplus = [painted - length * s for painted, length, s in zip(full, size, stride)]
-        front = [max(more, 0) // 2 for more in surplus]
-        padding = [(before, more - before) for before, more in zip(front, surplus)]
-    y_size = tuple(painted - before - after for painted, (before, after) in zip(full, padding))
+        y_size = tuple(length * s for length, s in zip(size, stride))
+        # what is painted beyond that size is cut off, half of it in front
+        before = tuple(max(painted - n, 0) // 2 for painted, n in zip(full, y_size))
+    else:
+        y_size = tuple(painted - sum(pair) for painted, pair in zip(full, padding))
+        before = tuple(pair[0] for pair in padding)
     _need_output(size, kernel, padding, y_size)
-    return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), size), y_size
+    return _Window(kernel, stride, dilation, before, size), y_size
 
 
 @_checked(x="N C *size", w="C F/G *kernel", b="F?")
@@ -465,7 +464,6 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
 
     y[n, f, i] = b[f] + sum_{c, o, k} x[n, c, o] * w[c, f, k]
                         over those o and k for which o*stride + k*dilation - before = i
-                        (as in conv_backward, but here i is a pixel of y, and o one of x)
     out = (size-1)*stride + (kernel-1)*dilation + 1 + output_padding - before - after
 
     w : the channels of x come first
@@ -479,7 +477,7 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
     """
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
-    return _add_bias(_correlate_dx(x, w, win, y_size, groups), b)
+    return _add_bias(_correlate_dx(x, w, win, y_size, groups), b)           # fold(w.T @ x)
 
 
 @_checked(dy="N F *out", x="N C *size", w="C F/G *kernel", b="F?")
@@ -487,14 +485,14 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
                             groups=1):
     """dx, dw and db of conv_transpose.
 
-    dx = w @ unfold(dy), the reverse of dy
-    dw = x @ unfold(dy).T, the reverse's dw
+    dx[n, c, o] = sum_{f, k} w[c, f, k] * dy[n, f, o*stride + k*dilation - before]
+    dw[c, f, k] = sum_{n, o} x[n, c, o] * dy[n, f, o*stride + k*dilation - before]
     db[f] = sum_{n, i} dy[n, f, i]
     """
     win, y_size = _transpose_window(x, w, stride, padding, output_padding, dilation)
     _need_shape(dy, (len(x), w.shape[1] * groups, *y_size))
-    dx = _correlate(dy, w, win, groups)
-    dw = _correlate_dw(x, dy, win, groups)              # x is the reverse's dy, and dy its x
+    dx = _correlate(dy, w, win, groups)                 # w @ unfold(dy)
+    dw = _correlate_dw(x, dy, win, groups)              # x @ unfold(dy).T
     return dx, dw, None if b is None else _channel_sum(dy)
 
 
