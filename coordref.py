@@ -613,9 +613,10 @@ class Layer(collections.namedtuple("Layer", "op params options")):
     """
 
     def __new__(cls, op, params=(), options=()):
-        if not callable(op) or not isinstance(params, (list, tuple)):
-            raise TypeError("Layer: op must be a function and params a list, got "
-                            f"{_shown(op)}, {_shown(params)}")
+        if not (callable(op) and isinstance(params, (list, tuple))
+                and isinstance(options, (dict, tuple))):
+            raise TypeError("Layer: op must be a function, params a list and options a dict, got "
+                            f"{_shown(op)}, {_shown(params)}, {_shown(options)}")
         # the list and the dict are copied, the arrays in them are not
         return super().__new__(cls, op, list(params), dict(options))
 
@@ -624,7 +625,7 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 def forward(net, x):
     """Run a network. Returns its output, without layers a copy of x, and the list of the layers'
     inputs, for backward: x itself is the first of them."""
-    _need(_is_array(x), "x must be an array", x, kind=TypeError)
+    _need(net or _is_array(x), "x must be an array", x, kind=TypeError)
     inputs = []
     for op, params, options in net:
         inputs.append(x)
@@ -641,7 +642,7 @@ def backward(net, dy, inputs):
           type(inputs), kind=TypeError)
     _need(len(inputs) == len(net), f"inputs must be an array for each of {len(net)} layers",
           len(inputs))
-    _need(_is_array(dy), "dy must be an array", dy, kind=TypeError)
+    _need(net or _is_array(dy), "dy must be an array", dy, kind=TypeError)
     grads = []
     for layer, x in zip(reversed(net), reversed(inputs)):
         op_backward = _gradient(layer.op)               # conv_backward for conv
@@ -1005,8 +1006,9 @@ def _pool_window(x, kernel, stride, padding):
               "stride and padding must be left out without a kernel", stride, padding)
         return None
     # a window of nothing but padding has no largest pixel
-    _need(padding == "same" or all(max(pair) < k for pair, k in zip(padding, kernel)),
-          f"padding must be smaller than the kernel {_shown(kernel)}", padding)
+    if padding != "same" and any(max(pair) >= k for pair, k in zip(padding, kernel)):
+        raise _Refused(f"padding must be smaller than the kernel {_shown(kernel)}, got "
+                       f"{_shown(padding)}")
     return _window(size, kernel, stride or kernel, padding, (1,) * len(size))
 
 
@@ -1721,24 +1723,23 @@ def save(path, value):
     strings) to an npz file, whole or not at all: if a save is interrupted, the old file stays.
     Functions, such as the ops of a network, are left out. A process that is killed may leave a
     hidden file .*.part beside it, which may be deleted."""
-    arrays = {}
-    others = {}
+    leaves = {}
 
     def leaf(name, a):
-        _need(name not in arrays.keys() | others.keys(), "value must have one entry of a name",
-              name)
-        if _is_array(a):
-            arrays[name] = to_numpy(a)
-        else:
-            others[name] = a.item() if isinstance(a, np.generic) else a
+        _need(name not in leaves, "value must have one entry of a name", name)
+        leaves[name] = a
     _map_leaves(leaf, "value", value)
-    _need(arrays or others, "value must hold arrays or numbers", value, kind=TypeError)
+    _need(leaves, "value must hold arrays or numbers", value, kind=TypeError)
+    arrays = {name: to_numpy(a) for name, a in leaves.items() if _is_array(a)}
+    others = {name: a.item() if isinstance(a, np.generic) else a
+              for name, a in leaves.items() if not _is_array(a)}
     try:
         text = json.dumps(others)
     except (TypeError, ValueError) as error:            # a long double; more than 4300 digits
         raise _Refused(f"value holds a number that cannot be written: {error}") from None
     path = os.path.realpath(path)
-    _need(not os.path.exists(path) or os.path.isfile(path), "path must be of a file", path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise _Refused(f"path must be of a file, not {path}")
     part = os.path.join(os.path.dirname(path), f".{os.urandom(4).hex()}.part")
     try:
         with open(part, "wb") as file:
@@ -1770,7 +1771,8 @@ def load(path, like):
 
     def leaf(name, a):
         names.append(name)
-        _need(name in found, f"like{name} must be in the file", path)
+        if name not in found:
+            raise _Refused(f"{path} has nothing for like{name}")
         got = found[name]
         if _is_array(a):
             fits = isinstance(got, np.ndarray) and (got.dtype, got.shape) == (a.dtype, a.shape)
@@ -1779,17 +1781,13 @@ def load(path, like):
         else:
             fits = type(got) is type(np.asarray(a).item())
         if not fits:
-            raise _Refused(f"like{name} is {_told(a)}, but in {path} it is {_told(got)}")
+            raise _Refused(f"like{name} is {_shown(a)}, but in {path} it is {_shown(got)}")
         return array_module(a).asarray(got) if _is_array(a) else type(a)(got)
     value = _map_leaves(leaf, "like", like)
     more = sorted(found.keys() - set(names))
     if more:
         raise _Refused(f"{path} has {_shown(more)}, which like has not")
     return value
-
-
-def _told(a):
-    return f"of dtype {a.dtype} and shape {a.shape}" if hasattr(a, "dtype") else _shown(a)
 
 
 def _is_array(a):
@@ -1845,6 +1843,10 @@ def _need(condition, wanted, *got, kind=ValueError):
 
 def _shown(value):
     """A value in a message, shortened. This takes time: only once a message is needed."""
+    # of all that has a length, and may be long, reprlib shortens only these types
+    if hasattr(value, "__len__") and type(value) not in (str, tuple, list, dict):
+        more = f" of {value.dtype} and shape {value.shape}" if hasattr(value, "dtype") else ""
+        return f"a {type(value).__name__}{more}"
     try:
         return reprlib.repr(value)[:80]
     except Exception:                                   # such as an integer of 5,000 digits
@@ -1898,8 +1900,8 @@ _DTYPES = np.dtype(np.float32), np.dtype(np.float64)
 def _same(arrays):
     """Check that arrays, a dict by name, share a dtype and a module; return the module."""
     for name, a in arrays.items():
-        _need(_is_array(a), f"{name} must be a NumPy or CuPy array (numpy.asarray makes one)", a,
-              kind=TypeError)
+        _need(_is_array(a), f"{name} must be a NumPy or CuPy array (numpy.asarray makes one, and "
+              "numpy.ma.filled of a masked one)", a, kind=TypeError)
         if a.dtype not in _DTYPES:
             raise _Refused(f"{name} must be float32 or float64, got {a.dtype}; astype converts, "
                            "and numpy.eye(classes, dtype=...)[labels] makes a target of labels",
@@ -1948,23 +1950,26 @@ def _check_lengths(arrays, axes, G, K):
     if G > 1:
         C = known["C"]
         F = known["F"]
-        _need(C % G == F % G == 0, "groups must divide the numbers of channels and filters, here "
-              f"{_shown(C)} and {_shown(F)}", G)
+        if C % G or F % G:
+            raise _Refused(f"groups={_shown(G)} must divide {_shown(C)} channels and {_shown(F)} "
+                           "filters")
 
 
 def _wrong_shape(name, arrays, axes, known):
     shape = ", ".join(axes[name])
     words = {"N": "images", "C": "channels", "F": "filters", "G": "groups", "K": "coordinates"}
-    parts = [f"{axis} = {_shown(known[axis])} {word}" for axis, word in words.items()
-             if axis in known and axis in shape]
-    where = f", where {', '.join(parts)}" if parts else ""
+    parts = [f"{axis} = {_shown(n)} {words.get(axis, '')}".rstrip() for axis, n in known.items()
+             if axis in shape and axis != "1"]
+    where = ", ".join(parts) or "equal names are equal lengths"
     got = ", ".join(f"{other}.shape={a.shape}" for other, a in arrays.items())
-    return _Refused(f"{name} must be ({shape}){where}, got {got}")
+    return _Refused(f"{name} must be ({shape}), where {where}, got {got}")
 
 
 # The checks of options. Each takes a value and the rank of the images, None where there are none,
 # and returns what the function gets. It raises TypeError for a value of the wrong kind, and any
 # other error for a wrong one; _option makes the message.
+
+_HUGE = 2 ** 48                 # more pixels than a memory holds, or examples
 
 def _of(kind, value):
     """The value, if it is of that kind. True is no number."""
@@ -1973,10 +1978,10 @@ def _of(kind, value):
     return value
 
 
-def _integer(low, odd=False):
+def _integer(low, below=math.inf, odd=False):
     def check(value, rank):
         n = int(_of(Integral, value))
-        if n < low or odd and n % 2 == 0:
+        if not low <= n < below or odd and n % 2 == 0:
             raise ValueError
         return n
     return check
@@ -1987,17 +1992,17 @@ def _each(value, rank):
     return value if isinstance(value, (tuple, list)) else (value,) * rank
 
 
-def _integers(low):
+def _integers(low, below=math.inf):
     def check(value, rank):
         each = _each(value, rank)
         if len(each) != rank:
             raise ValueError
-        return tuple(_integer(low)(n, rank) for n in each)
+        return tuple(_integer(low, below)(n, rank) for n in each)
     return check
 
 
 def _size(value, rank):
-    return _integers(1)(_of((tuple, list), value), rank or max(len(value), 1))
+    return _integers(1, _HUGE)(_of((tuple, list), value), rank or max(len(value), 1))
 
 
 def _kernel(value, rank):
@@ -2080,8 +2085,8 @@ def _processes(value, rank):
 
 
 def _network(value, rank, name="net"):
-    if not isinstance(value, (list, tuple)) or hasattr(value, "_fields"):
-        raise TypeError
+    _need(isinstance(value, (list, tuple)) and not hasattr(value, "_fields"),
+          f"{name} must be a list of Layer", type(value), kind=TypeError)
     for i, layer in enumerate(value):
         _need_own(f"{name}[{i}]", layer, Layer)
     return value
@@ -2090,10 +2095,15 @@ def _network(value, rank, name="net"):
 def _state(value, rank):
     _need_own("state", value, State)
     _network(value.net, rank, "state.net")
-    shapes = [p.shape for p in _params(value.net)]
-    if not all([a.shape for a in moments] == shapes for moments in (value.m, value.v)):
-        raise ValueError
-    return value._replace(step=_integer(0)(value.step, rank), seed=_integer(0)(value.seed, rank))
+    shapes = [getattr(p, "shape", None) for p in _params(value.net)]
+    for key in ("m", "v"):
+        moments = getattr(value, key)
+        _need(isinstance(moments, (list, tuple))
+              and [getattr(a, "shape", None) for a in moments] == shapes,
+              f"state.{key} must be a list with an array for each parameter of state.net", moments)
+    for key in ("step", "seed"):
+        _option("seed", getattr(value, key), rank, f"state.{key}")
+    return value
 
 
 def _need_own(name, value, kind):
@@ -2107,11 +2117,11 @@ def _need_own(name, value, kind):
 
 # What an option of a name is, wherever it occurs.
 _OPTIONS = {name: (wanted, check) for names, wanted, check in [
-    ("n groups width canvas step steps batch_size workers",
-     "an integer of 1 or more", _integer(1)),
+    ("groups step steps workers", "an integer of 1 or more", _integer(1)),
+    ("n width canvas batch_size", "an integer from 1 to below 2^48", _integer(1, _HUGE)),
+    ("square", "an odd integer from 1 to below 2^48", _integer(1, _HUGE, odd=True)),
+    ("size shape", "a tuple of integers from 1 to below 2^48, one for each axis", _size),
     ("seed", "an integer of 0 or more", _integer(0)),
-    ("square", "an odd integer of 1 or more", _integer(1, odd=True)),
-    ("size shape", "a tuple of integers of 1 or more", _size),
     ("stride dilation", "an integer of 1 or more, or one for each axis", _integers(1)),
     ("output_padding", "an integer of 0 or more, or one for each axis", _integers(0)),
     ("padding", "an integer of 0 or more, one or a (before, after) pair for each axis, 'valid' or "
@@ -2133,12 +2143,12 @@ _OPTIONS = {name: (wanted, check) for names, wanted, check in [
     ("loss score", "a function", _function),
     ("comm", "None, or have rank, size and allgather, as MPI.COMM_WORLD has", _processes),
     ("net", "a list of Layer", _network),
-    ("state", "a State with a step, a seed, and as many moments m and v as parameters", _state),
+    ("state", "a State", _state),
 ] for name in names.split()}
 
 
-def _option(name, value, rank):
-    """The value of an option, checked and completed."""
+def _option(name, value, rank, called=None):
+    """The value of an option, checked and completed. called is its name in a message."""
     wanted, check = _OPTIONS[name]
     try:
         return check(value, rank)
@@ -2146,12 +2156,14 @@ def _option(name, value, rank):
         raise
     except Exception as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-    raise _Refused(f"{name} must be {wanted}, got {_shown(value)}", kind)
+    if rank:
+        wanted = wanted.replace("each axis", f"each of {rank} axes")
+    raise _Refused(f"{called or name} must be {wanted}, got {_shown(value)}", kind)
 
 
 def _need_output(size, kernel, padding, out):
     """Check that a window leaves an output, and one that a memory can hold."""
-    if min(size + kernel + out) < 1 or math.prod(out) >= 2 ** 48:
+    if min(size + kernel + out) < 1 or math.prod(out) >= _HUGE:
         raise _Refused(f"kernel {_shown(kernel)}, dilation, stride and padding {_shown(padding)} "
                        f"must fit an image of {size}, got an output of {_shown(out)} pixels")
 
@@ -2194,14 +2206,16 @@ def _positions(coords, size):
     xp = array_module(coords)
     at = coords.astype(np.float64)
     right = ((at >= 0) & (at < xp.asarray(size)) & (at == xp.floor(at))).all(axis=1)
-    _need(right.all(), f"coords must be whole numbers from 0 to below {size}", coords[~right])
+    if not right.all():
+        raise _Refused(f"coords must be whole numbers from 0 to below {size}, got "
+                       f"{coords[int(right.argmin())].tolist()}")
     return at.astype(np.int64)
 
 
 def _need_exact(size, dtype):
     most = int(2 / np.finfo(dtype).eps)                 # up to here the dtype holds every integer
-    _need(max(size) <= most, f"n, size or x.shape must have at most {most} pixels on an axis, as "
-          f"{dtype} cannot tell more apart", size)
+    _need(max(size) <= most, "n, size or x.shape must have at most 2^24 pixels on an axis for "
+          "float32, 2^53 for float64, which cannot tell more apart", size)
 
 
 def _need_shape(dy, shape):
