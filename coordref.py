@@ -49,8 +49,8 @@ so does the result.
 A table near the end, _OPTIONS, says what an option may be. Options are completed before the
 function sees them: for images of rank 2 a stride of 2 becomes (2, 2). An argument of the wrong
 kind raises TypeError, one of the wrong value or shape ValueError. Public functions never write to
-their arguments, though a Generator given as rng moves on. Helpers that a section uses and does not
-define stand in sections 6 and 10; those named _need... raise an error unless something holds.
+their arguments, though a Generator given as rng moves on. A helper that is not defined so far
+stands in section 6 or 10; one named _need... raises an error unless something holds.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -90,7 +90,7 @@ import numpy as np
 
 __version__ = "0.3.0"
 
-# The public names of sections 1 to 5 and 7 to 10; an indented row continues a section.
+# The public names of sections 1 to 5 and 7 to 10; a further indented row continues a section.
 __all__ = """
   axis_coords coord_channels add_coords add_coords_backward
   decode encode
@@ -110,9 +110,9 @@ __all__ = """
 
 
 def _checked(**shapes):
-    """Decorator: check f's arguments, complete its options, and then call f. For sections 1 to 9
-    this is all that one needs to know. _arguments of section 10 does the work, and returns all
-    arguments by name; a _Refused, which it or f raises if one is wrong, becomes an error here."""
+    """Decorator: check f's arguments, complete its options, and then call f. Sections 1 to 9 need
+    no more than that. _arguments of section 10 does the work, and returns all arguments by name; a
+    _Refused, which it or f raises for a wrong one, becomes an error here."""
     # the ? is for readers: what decides is whether the default is None
     axes = {name: shape.removesuffix("?").split() for name, shape in shapes.items()}
 
@@ -202,8 +202,8 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 # 2 THE CRITIC'S ANSWER ---------------------------------------------------------------------------
 #
 # Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis at a time.
-# W is the length of the axis, X holds each pixel's coordinate along it, from 0 to W - 1, and p is
-# the coordinate of the hot pixel. The critic reads p off the image as
+# W is its length (the critic's letter), X holds each pixel's coordinate along it, from 0 to W - 1,
+# and p is the coordinate of the hot pixel. The critic reads p off the image as
 #
 #   p = W - sum_pixels relu(W * A - X)                          where relu(x) = max(x, 0)
 #
@@ -289,9 +289,9 @@ def encode(coords, size, *, dtype=np.float32):
 #
 # So the gradients are those of a matrix product. With r for a row of u and j for a column,
 # y[f, j] = sum_r w[f, r] * u[r, j], and therefore dw[f, r] = sum_j dy[f, j] * u[r, j], which is
-# dw = dy @ u.T, and likewise du = w.T @ dy. And u only copies pixels, so that a pixel's gradient
-# is the sum of its copies' gradients: to fold du is to add each of its rows to the pixels that the
-# row was copied from. Say that dy = [1 10 100]:
+# dw = dy @ u.T, and likewise du = w.T @ dy. And u only copies pixels, so a pixel's gradient is the
+# sum of its copies' gradients: to fold du is to add each of its rows to the pixels that the row
+# was copied from. Say that dy = [1 10 100]:
 #
 #   dw = dy @ u.T                           dw = [1 + 20 + 400, 2 + 40 + 700] = [421 742]
 #   du = w.T @ dy                           du = [-1 -10 -100]  to the pixels 0 to 2
@@ -333,8 +333,8 @@ def _window(size, kernel, stride, padding, dilation):
 
 # The three products, block by block. What they call stands in section 6:
 #
-#   _unfold(x, y, win, groups)    yields the blocks of y, each with its columns of u
-#   _blocks(x, y, win)            yields the same blocks alone, as slices, by the shapes of x and y
+#   _unfold(x, y, win, groups)    yields the blocks of y, each with its columns of u; like
+#   _blocks(x, y, win)            it takes only the shape of y, and yields the blocks, as slices
 #   _fold(du, dx, block, win)     adds the columns of du for a block to the pixels of dx
 #   _columns(y, block, groups)    the columns of a block of y, (G, F/G, columns)
 #   _set_columns(y, block, cols)  writes such columns to a block of y
@@ -380,7 +380,7 @@ def _correlate_dx(dy, w, win, size, groups=1):
 def _add_bias(y, b):
     """y + b[f] for each filter f, in place."""
     if b is not None:
-        y += _over(b, y)                                # _over makes it (F, 1, ...)
+        y += _over(b, y)                                # _over makes b (F, 1, ...)
     return y
 
 
@@ -435,6 +435,7 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #
 #   convolution     y = w @ unfold(x)       dw = dy @ unfold(x).T       dx = fold(w.T @ dy)
 #   transposed      dx = w @ unfold(dy)     dw = x @ unfold(dy).T       y = fold(w.T @ x)
+#   made by         _correlate              _correlate_dw               _correlate_dx
 #
 # So the channels of x are the first axis of w, and the window moves over y: at each stop it paints
 # a pixel of x.
@@ -445,14 +446,14 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
     kernel = w.shape[2:]
     _need(all(e < max(s, d) for e, s, d in zip(output_padding, stride, dilation)),
           "output_padding must be smaller than stride or dilation", output_padding)
-    full = [(length - 1) * s + (taps - 1) * d + 1 + extra       # what is painted, and more
+    full = [(length - 1) * s + (taps - 1) * d + 1 + extra       # before padding cuts off pixels
             for length, s, taps, d, extra in zip(size, stride, kernel, dilation, output_padding)]
     if padding == "same":
         y_size = tuple(length * s for length, s in zip(size, stride))
         # what is painted beyond that size is cut off, half of it in front
-        before = tuple(max(painted - n, 0) // 2 for painted, n in zip(full, y_size))
+        before = tuple(max(whole - wanted, 0) // 2 for whole, wanted in zip(full, y_size))
     else:
-        y_size = tuple(painted - sum(pair) for painted, pair in zip(full, padding))
+        y_size = tuple(whole - sum(pair) for whole, pair in zip(full, padding))
         before = tuple(pair[0] for pair in padding)
     _need_output(size, kernel, padding, y_size)
     return _Window(kernel, stride, dilation, before, size), y_size
@@ -623,8 +624,8 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 
 @_checked()
 def forward(net, x):
-    """Run a network. Returns its output, without layers a copy of x, and the list of the layers'
-    inputs, for backward: x itself is the first of them."""
+    """Run a network. Returns its output (a copy of x if there are no layers) and the list of the
+    layers' inputs, for backward: x itself is the first of them."""
     _need(net or _is_array(x), "x must be an array", x, kind=TypeError)
     inputs = []
     for op, params, options in net:
@@ -739,7 +740,7 @@ def _blocks(x, y, win):
     With 64 channels, 3x3 taps and images of 56x56 pixels u has 576 rows, and so 1820 columns at a
     time: the steps are (32, 56), which is 1792 pixels of one image.
     """
-    rows = max(x.shape[1] * math.prod(win.kernel), y.shape[1], 1)
+    rows = max(x.shape[1] * math.prod(win.kernel), y.shape[1], 1)       # of u, or if more of y
     on_cpu = array_module(x) is np
     # each call costs a GPU more; by how much its blocks should be larger was not measured
     budget = _BLOCK if on_cpu else 128 * _BLOCK
@@ -822,8 +823,9 @@ def _reads(u, x, outputs, win):
     """Pairs of views of the same shape: of a part of u (C, *kernel, images, *out), and of the
     pixels of x (C, images, *size) that it reads. outputs has a slice for each axis.
 
-    For rank 2 these are, say, u[:, k1, taps2, :, outputs1, o2] and x[:, :, pixels1, pixels2]. So
-    that their axes are in the same order, each axis of taps is moved in front of its outputs.
+    For rank 2 these are, say, u[:, k1, taps2, :, outputs1, o2] and x[:, :, pixels1, pixels2]. Of k
+    and o one is a number, so that a single axis is left for each of x. For the order of x, the
+    axis of k is moved to that of o first.
     """
     rank = len(outputs)
     # rank 2: (C, k1, k2, images, o1, o2) becomes (C, images, k1, o1, k2, o2)
@@ -932,8 +934,8 @@ def _is_mirroring_faster(dy, w, win, size, groups):
     # Else u has F * size numbers for each tap, where du has C * out. To fill in one of u takes
     # half as long as to add one of du to dx.
     faster = F * math.prod(size) < 2 * C * outputs
-    # Mirrored, all of w meets the zeros around dy, and infinity * 0 is NaN. So w must be finite,
-    # which a GPU is not asked, as the answer would be a wait.
+    # Mirrored, all of w meets the zeros around dy, and infinity * 0 is NaN. So w must be finite.
+    # To ask a GPU would be a wait, so there the answer is no.
     return faster and array_module(w) is np and np.isfinite(w).all()
 
 
@@ -1027,9 +1029,10 @@ def _pool_taps(x, y, axis, win):
     axes_before = (slice(None),) * (2 + axis)
     n = x.shape[2 + axis]
     taps, stride, _, before, count = (entry[axis] for entry in win)
-    first = max(before - (count - 1) * stride, 0)       # earlier taps are in front of the image
-    last = min(before + n, taps)                        # for all outputs, later ones behind it
-    for k in range(first, last):
+    # the taps before first are outside of the image for all outputs, and so are those from end on
+    first = max(before - (count - 1) * stride, 0)
+    end = min(before + n, taps)
+    for k in range(first, end):
         outputs, pixels = _inside(k - before, stride, count, n)
         yield x[*axes_before, pixels], y[*axes_before, outputs]
 
@@ -1077,14 +1080,14 @@ def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
         xp.put_along_axis(dx, _pixels(x).argmax(axis=2)[:, :, None], dy[:, :, None], axis=2)
         return dx.reshape(x.shape)
     steps = _pool_steps(x, win, xp.maximum, -math.inf)
-    for axis, (pixels, largest) in enumerate(reversed(steps)):          # the last step first
+    for axis, (pixels, y) in enumerate(reversed(steps)):                # the last step first
         dx = xp.zeros(pixels.shape, x.dtype)
         left = dy.copy()                                # what no pixel has won so far
-        for (read, outputs), (dread, doutputs) in zip(
-                _pool_taps(pixels, largest, axis, win), _pool_taps(dx, left, axis, win)):
-            wins = (read == outputs) | xp.isnan(read)
-            dread += _where(wins, doutputs)
-            doutputs[...] = _where(~wins, doutputs)
+        for (read, largest), (dread, unwon) in zip(
+                _pool_taps(pixels, y, axis, win), _pool_taps(dx, left, axis, win)):
+            wins = (read == largest) | xp.isnan(read)   # NaN equals nothing
+            dread += _where(wins, unwon)
+            unwon[...] = _where(~wins, unwon)           # a part of left: no later pixel gets it
         dy = dx
     return dy
 
@@ -1176,8 +1179,8 @@ def _log_softmax(z):
     """log softmax of z (N, classes), accurate also where the softmax is almost 1.
 
     log softmax(z) = z - log sum_j exp(z[j]), and a constant may be added to all z: here the
-    largest becomes 0, and its term in the sum 1. Beside a 1 small terms might be lost, so that the
-    sum is made without it, and log1p adds it.
+    largest becomes 0, and its term in the sum 1. Beside a 1 small terms might be lost: so the sum
+    is made without it, and log1p adds it.
     """
     xp = array_module(z)
     rows = xp.arange(len(z))
@@ -1399,8 +1402,8 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     """The paper's data set: a square at every position where all of it is visible. Returns the
     Examples to train on and those to test on. The paper's canvas of 64 and square of 9 give 3136.
 
-    split : "uniform" tests a random quarter of the positions, the draw of the paper's repository:
-        2368 train and 768 test (the paper says 80/20). "quadrant" tests the positions beyond the
+    split : "uniform" tests the quarter of the positions that the paper's repository drew: 2368
+        train and 768 test (the paper says 80/20). "quadrant" tests the positions beyond the
         middle of both axes, row > canvas/2 and col > canvas/2: 2407 train and 729 test.
     task : "classification": from a position (M, 2, 1, 1) to the image of its pixel
         (M, 1, canvas, canvas); "rendering": to the square around it, of ones (in the paper's
@@ -1528,6 +1531,7 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
         _need_both(options.get("mean"), options.get("var"))
     steps_per_epoch = math.ceil(len(x) / batch_size)
 
+    # apart, so that train itself checks its arguments, and not the first step
     def states(state):
         first = state.step
         with _team(workers, comm, xp) as run:
@@ -2120,7 +2124,7 @@ _OPTIONS = {name: (wanted, check) for names, wanted, check in [
     ("groups step steps workers", "an integer of 1 or more", _integer(1)),
     ("n width canvas batch_size", "an integer from 1 to below 2^48", _integer(1, _HUGE)),
     ("square", "an odd integer from 1 to below 2^48", _integer(1, _HUGE, odd=True)),
-    ("size shape", "a tuple of integers from 1 to below 2^48, one for each axis", _size),
+    ("size shape", "a tuple or list of integers from 1 to below 2^48, one for each axis", _size),
     ("seed", "an integer of 0 or more", _integer(0)),
     ("stride dilation", "an integer of 1 or more, or one for each axis", _integers(1)),
     ("output_padding", "an integer of 0 or more, or one for each axis", _integers(0)),
