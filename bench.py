@@ -1421,9 +1421,6 @@ publish("deconv k2 w1", (0,), 2, PIXEL_RIVAL, kernel=2, width=1, **LONG_DECONV)
 # not drawn: a curve is a median over seeds, not over networks
 publish("deconv k2 w2", (0,), 3, None, kernel=2, width=2, **LONG_DECONV)
 publish("deconv k3 w2", (0,), 11, None, kernel=3, width=2, **LONG_DECONV)
-# the first 600 of these epochs, in which the rate falls to 0.0001
-FEWER_EPOCHS = LONG_DECONV | {"epochs": 600}
-publish("deconv k3 w2 for 600", (0,), 11, None, kernel=3, width=2, **FEWER_EPOCHS)
 LONG_SQUARE_DECONV = LONG_DECONV | {"task": "rendering"}
 publish("square deconv k2 w1", (0,), 2, SQUARE_RIVAL, kernel=2, width=1, **LONG_SQUARE_DECONV)
 
@@ -1557,7 +1554,6 @@ PAPERS_ACCURACY = {"uniform": 0.865, "quadrant": 0.005}  # 86 and 0 are rounded
     "deconv k2 w1 *",
     "deconv k2 w2 *",
     "deconv k3 w2 *",
-    "deconv k3 w2 for 600 *",
     full=True,
 )
 def long_deconv(*groups):
