@@ -1969,11 +1969,12 @@ def _wrong_shape(name, arrays, axes, known):
     return _Refused(f"{name} must be ({shape}), where {where}, got {got}")
 
 
+_HUGE = 2 ** 48                 # more pixels than a memory holds, or examples
+
+
 # The checks of options. Each takes a value and the rank of the images, None where there are none,
 # and returns what the function gets. It raises TypeError for a value of the wrong kind, and any
 # other error for a wrong one; _option makes the message.
-
-_HUGE = 2 ** 48                 # more pixels than a memory holds, or examples
 
 def _of(kind, value):
     """The value, if it is of that kind. True is no number."""
