@@ -1657,14 +1657,19 @@ def long_reader(uniform, quadrant):
 @row(
     "full-coord-late",
     COORDINATE,
-    "CoordConv: a tenth of the rate at the end",
+    "the same, a tenth of the rate at the end",
     "coordref",
     "late regressor *",
     full=True,
 )
 def long_late_reader(*groups):
     """Whether the misses above come from the constant rate, on the splits that were run."""
-    return does(READS, [runs for runs in groups if runs])
+    notes = [
+        f"{split}, by seed: {', '.join(READS.form(x) for x in scores(runs))}"
+        for split, runs in zip(SPLITS, groups)
+        if runs
+    ]
+    return does(READS, [runs for runs in groups if runs], note="; ".join(notes))
 
 
 @row(
@@ -2242,7 +2247,7 @@ def whose(kept, jobs, todo):
     hours = sum(run["core_seconds"] for run in runs) / 3600
     return (
         f"Runs stored in figures/full.jsonl: {', '.join(parts)}. They took {hours:.1f} "
-        "core-hours, and so would a rerun; --again ID repeats one. "
+        "core-hours, and a rerun takes as long; --again ID repeats one. "
         f"{len(jobs) - len(runs)} more are registered, which --run makes; "
         f"{len(todo) or 'none'} of them are run now."
     )
