@@ -1660,16 +1660,21 @@ def long_reader(uniform, quadrant):
     "the same, a tenth of the rate at the end",
     "coordref",
     "late regressor *",
+    "coordconv regressor *",
     full=True,
 )
 def long_late_reader(*groups):
-    """Whether the misses above come from the constant rate, on the splits that were run."""
-    notes = [
-        f"{split}, by seed: {', '.join(READS.form(x) for x in scores(runs))}"
-        for split, runs in zip(SPLITS, groups)
-        if runs
-    ]
-    return does(READS, [runs for runs in groups if runs], note="; ".join(notes))
+    """Whether the misses above come from the constant rate, on the splits that were run: each seed
+    with either rate."""
+    late = groups[:2]
+    constant = groups[2:]
+    notes = []
+    for split, ours, before in zip(SPLITS, late, constant):
+        pairs = zip(scores(before), scores(ours))  # of the seeds from 0 on
+        each = [f"{READS.form(old)} to {READS.form(new)}" for old, new in pairs]
+        if each:
+            notes.append(f"{split}, from the constant rate, by seed: {', '.join(each)}")
+    return does(READS, [runs for runs in late if runs], note=sentences(*notes))
 
 
 @row(

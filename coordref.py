@@ -1827,7 +1827,7 @@ def best_module():
 @_checked()
 def to_numpy(a):
     """The array on the host: a itself if it is a NumPy array, else a copy of the CuPy array."""
-    _need(_is_array(a), "a must be a NumPy or CuPy array", a, kind=TypeError)
+    _need(_is_array(a), "a must be a NumPy or CuPy array", type(a), kind=TypeError)
     return a if array_module(a) is np else a.get()
 
 
@@ -1848,7 +1848,7 @@ def _need(condition, wanted, *got, kind=ValueError):
 def _shown(value):
     """A value in a message, shortened. This takes time: only once a message is needed."""
     # of all that has a length, and may be long, reprlib shortens only these types
-    if hasattr(value, "__len__") and type(value) not in (str, tuple, list, dict):
+    if hasattr(type(value), "__len__") and type(value) not in (str, tuple, list, dict):
         more = f" of {value.dtype} and shape {value.shape}" if hasattr(value, "dtype") else ""
         return f"a {type(value).__name__}{more}"
     try:
@@ -2122,10 +2122,11 @@ def _need_own(name, value, kind):
 
 # What an option of a name is, wherever it occurs.
 _OPTIONS = {name: (wanted, check) for names, wanted, check in [
-    ("groups step steps workers", "an integer of 1 or more", _integer(1)),
-    ("n width canvas batch_size", "an integer from 1 to below 2^48", _integer(1, _HUGE)),
+    ("n groups step steps workers", "an integer of 1 or more", _integer(1)),
+    ("width canvas batch_size", "an integer from 1 to below 2^48", _integer(1, _HUGE)),
     ("square", "an odd integer from 1 to below 2^48", _integer(1, _HUGE, odd=True)),
-    ("size shape", "a tuple or list of integers from 1 to below 2^48, one for each axis", _size),
+    ("size shape", "a tuple or list of integers, one for each axis, from 1 to below 2^48, or for "
+     "coordinates in float32 to 2^24", _size),
     ("seed", "an integer of 0 or more", _integer(0)),
     ("stride dilation", "an integer of 1 or more, or one for each axis", _integers(1)),
     ("output_padding", "an integer of 0 or more, or one for each axis", _integers(0)),
