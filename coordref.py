@@ -34,10 +34,10 @@ distance from where all coordinates are 0.
 Below every layer and loss f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
 **options). It takes the upstream gradient dy, shaped as f's output (of a loss a number), and then
 the same arguments as f. It returns dx and one gradient for each of params, or just dx if f has
-none.
+none. The target of a loss counts as one of its params.
 
 The line above a function, such as @_checked(x="N C *size", w="F C/G *kernel", b="F?"), states the
-shapes of its arrays, if it has any that are checked there:
+shapes of its arrays of floats:
 
     *size     one or more axes          C+K     C plus the number of coordinate channels
     ...       any number of axes        F?      the array may be None
@@ -47,21 +47,23 @@ Equal names are equal lengths. These arrays share one module and one dtype, floa
 so does the result.
 
 A table near the end, _OPTIONS, says what an option may be. Options are completed before the
-function sees them: for images of rank 2 a stride of 2 becomes (2, 2). An argument of the wrong
-kind raises TypeError, one of the wrong value or shape ValueError. Public functions never write to
-their arguments, though a Generator given as rng moves on. A helper that is not defined so far
-stands in section 6 or 10; one named _need... raises an error unless something holds.
+function sees them: for images of rank 2 a stride of 2 becomes (2, 2), a padding of 1 becomes
+((1, 1), (1, 1)), and an rng of None, or a seed, a Generator. An argument of the wrong kind raises
+TypeError, one of the wrong value or shape ValueError. Public functions never write to their
+arguments. A helper stands near where it is first used, or in section 6 or 10; one named _need...
+raises an error unless something holds.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
 >>> images = encode(coords, (3, 4))                     # drawn as one-hot images
->>> forward(decoder_network((3, 4)), images)[0].tolist()        # and read by the critic's network
+>>> y, _ = forward(decoder_network((3, 4)), images)     # and read by the critic's network
+>>> y.tolist()
 [[1.0, 2.0], [0.0, 0.0]]
 
 Differences:
 The paper's code has the channels (col, row, radius), and divides each axis by the length of the
-other. PyTorch takes no padding in pairs, before and after, and no stride with "same"; here both
-work. Other differences stand at batch_norm and not_so_clevr.
+other, which shows where they differ. PyTorch takes no padding in pairs, before and after, and no
+stride with "same"; here both work.
 
 References:
 Liu, Lehman, Molino, et al. An intriguing failing of convolutional neural networks and the
@@ -90,7 +92,8 @@ import numpy as np
 
 __version__ = "0.3.0"
 
-# The public names of sections 1 to 5 and 7 to 10; a further indented row continues a section.
+# The public names of sections 1 to 5 and 7 to 10; a row that is further indented goes on with a
+# section.
 __all__ = """
   axis_coords coord_channels add_coords add_coords_backward
   decode encode
@@ -111,8 +114,9 @@ __all__ = """
 
 def _checked(**shapes):
     """Decorator: check f's arguments, complete its options, and then call f. Sections 1 to 9 need
-    no more than that. _arguments of section 10 does the work, and returns all arguments by name; a
-    _Refused, which it or f raises for a wrong one, becomes an error here."""
+    no more than that, so skip the body at first. _arguments of section 10 does the work, and
+    returns all arguments by name; a _Refused, which it or f raises for a wrong one, becomes an
+    error here."""
     # the ? is for readers: what decides is whether the default is None
     axes = {name: shape.removesuffix("?").split() for name, shape in shapes.items()}
 
@@ -142,7 +146,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_exact((n,), dtype)                            # beyond 2^24, float32 skips integers
+    _need_exact((n,), dtype)                            # float32 tells at most 2^24 pixels apart
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -169,7 +173,7 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
 
 
 def _coords(size, radius, scale, dtype, xp):
-    """coord_channels, also for images without pixels, which add_coords may get."""
+    """coord_channels, also where an axis has no pixels, as an x of add_coords may."""
     _need_exact(size, dtype)
     # one array for each axis, of length 1 along the others
     channels = list(xp.meshgrid(*(_axis(n, scale, xp) for n in size), indexing="ij", sparse=True))
@@ -201,14 +205,14 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 
 # 2 THE CRITIC'S ANSWER ---------------------------------------------------------------------------
 #
-# Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis at a time.
-# W is its length (the critic's letter), X holds each pixel's coordinate along it, from 0 to W - 1,
-# and p is the coordinate of the hot pixel. The critic reads p off the image as
+# Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis at a time,
+# in the critic's letters: W is its length, X holds each pixel's coordinate along it, from 0 to
+# W - 1, and p is the coordinate of the hot pixel. The critic reads p off the image as
 #
 #   p = W - sum_pixels relu(W * A - X)                          where relu(x) = max(x, 0)
 #
-# At the hot pixel the rectifier gets W - p, which is above 0. Elsewhere it gets -X, which is not,
-# and gives 0. With W = 4 and p = 1:
+# At the hot pixel the rectifier gets W - p, which is above 0. Elsewhere it gets -X, at most 0, and
+# gives 0. With W = 4 and p = 1:
 #
 #   A              0   1   0   0
 #   X              0   1   2   3
@@ -228,7 +232,7 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   relu           0   1   0   0
 #
 # Section 5 wires both as networks. Two functions get the same results more directly: decode looks
-# for the hot pixel, since no other adds to the critic's sum, and encode sets it.
+# for the hot pixel, the only one that adds to the critic's sum, and encode sets it.
 
 @_checked(image="N 1 *size")
 def decode(image):
@@ -298,58 +302,61 @@ def encode(coords, size, *, dtype=np.float32):
 #                                                [ 1  10  100]  to the pixels 1 to 3
 #   dx = fold(du)                           dx = [-1, 1 - 10, 10 - 100, 100] = [-1 -9 -90 100]
 #
-# For one axis, with a stride and a dilation of 1 and without zeros, both are a slice for each tap:
+# For one image and one axis, a stride and a dilation of 1, and without zeros, both are a slice for
+# each tap:
 #
 #   unfold:   u[:, k] = x[:, k:k + out]         x and dx are (C, pixels), u and du (C, taps, out)
 #   fold:     dx[:, k:k + out] += du[:, k]      dx is zeros to begin with
 #
-# Section 6 does so for any number of axes, and for a block of the columns at a time, since u
-# repeats a pixel for every tap that reads it. With G groups the filters of a group see the
+# Section 6 does so for any number of axes, and for a block of the columns at a time, since u has
+# as many times the numbers of x as there are taps. With G groups the filters of a group see the
 # channels of that group alone, and w, u and y are stacks of G such matrices:
 #
 #   y (G, F/G, columns) = w (G, F/G, C/G * taps) @ u (G, C/G * taps, columns)
 
-# How a kernel moves over an image: five tuples with an entry for each spatial axis. As the number
-# of output pixels says where the kernel stops, the zeros behind the image need no entry.
+# How a kernel moves over an image: five tuples with an entry for each spatial axis. out is the
+# number of stops that the kernel makes, so the zeros behind the image need no entry.
 _Window = collections.namedtuple("_Window", "kernel stride dilation before out")
 
 
 def _window(size, kernel, stride, padding, dilation):
     """The window of a kernel over an image of this size. padding is "same" or has a (before,
     after) pair for each axis."""
-    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]         # from first to last tap
-    if padding == "same":
-        # ceil(size / stride) outputs, and just so much padding that the last one fits: for 6
-        # pixels, a stride of 2 and a span of 3 these are 3 outputs, 7 pixels and the pair (0, 1)
-        counts = [-(-length // s) for length, s in zip(size, stride)]   # rounded up
-        needed = [(count - 1) * s + span for count, s, span in zip(counts, stride, spans)]
-        missing = [max(least - length, 0) for least, length in zip(needed, size)]
-        padding = [(zeros // 2, zeros - zeros // 2) for zeros in missing]
-    padded = [length + before + after for length, (before, after) in zip(size, padding)]
-    out = tuple((length - span) // s + 1 for length, span, s in zip(padded, spans, stride))
+    before = []
+    out = []
+    for axis, (n, taps, s, d) in enumerate(zip(size, kernel, stride, dilation)):
+        span = (taps - 1) * d + 1                       # from the first tap to the last
+        if padding == "same":
+            # ceil(n / s) stops, and just so many zeros that the last one fits. For n = 6, s = 2
+            # and a span of 3: 3 stops, which take 7 pixels, so one zero, and none of it in front
+            stops = -(-n // s)                          # n / s, rounded up
+            zeros = max((stops - 1) * s + span - n, 0)
+            before.append(zeros // 2)
+        else:
+            stops = (n + sum(padding[axis]) - span) // s + 1
+            before.append(padding[axis][0])
+        out.append(stops)
     _need_output(size, kernel, padding, out)
-    return _Window(kernel, stride, dilation, tuple(before for before, _ in padding), out)
+    return _Window(kernel, stride, dilation, tuple(before), tuple(out))
 
 
 # The three products, block by block. What they call stands in section 6:
 #
-#   _unfold(x, y, win, groups)    yields the blocks of y, each with its columns of u; like
-#   _blocks(x, y, win)            it takes only the shape of y, and yields the blocks, as slices
+#   _blocks(x, y, win)            yields the blocks of y, as slices
+#   _unfold(x, y, win, groups)    the same, each with its columns of u, (G, rows, columns)
+#   _columns(y, block, groups)    the columns of a block of y, which _set_columns writes
 #   _fold(du, dx, block, win)     adds the columns of du for a block to the pixels of dx
-#   _columns(y, block, groups)    the columns of a block of y, (G, F/G, columns)
-#   _set_columns(y, block, cols)  writes such columns to a block of y
-#   _matrices(w, groups)          w as a stack of matrices, (G, F/G, rows): w.T is w.swapaxes(1, 2)
-#   _product, _add_product        a @ b, and total += a @ b
 #
-# On a first reading skip the if in _correlate and in _correlate_dx: they lead to shortcuts.
+# _matrices makes a stack of G matrices of w, and _product is @. On a first reading skip both ifs:
+# they lead to shortcuts.
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
-    if _is_pointwise(x, w, win):                        # here u is x itself
+    if _is_pointwise(x, w, win):
         return _pointwise(x, w, groups)
     y = array_module(x).empty((len(x), len(w), *win.out), x.dtype)
     w = _matrices(w, groups)
-    for block, u in _unfold(x, y, win, groups):         # u is (G, rows, columns of the block)
+    for block, u in _unfold(x, y, win, groups):
         _set_columns(y, block, _product(w, u))          # w @ u
     return y
 
@@ -358,7 +365,7 @@ def _correlate_dw(dy, x, win, groups=1):
     """dw = dy @ unfold(x).T, (F, C/G, *kernel)."""
     shape = (dy.shape[1], x.shape[1] // groups, *win.kernel)
     dw = array_module(x).zeros(shape, x.dtype)
-    total = _matrices(dw, groups)                       # a view of dw
+    total = _matrices(dw, groups)                       # a view, so what adds to it adds to dw
     for block, u in _unfold(x, dy, win, groups):
         _add_product(total, _columns(dy, block, groups), u.swapaxes(1, 2))      # += dy @ u.T
     return dw
@@ -366,10 +373,11 @@ def _correlate_dw(dy, x, win, groups=1):
 
 def _correlate_dx(dy, w, win, size, groups=1):
     """dx = fold(w.T @ dy), (N, C, *size)."""
-    if _is_mirroring_faster(dy, w, win, size, groups):  # dx as a convolution of dy
+    if _is_mirroring_faster(dy, w, win, size, groups):
         mirrored, window = _mirrored(w, win, size, groups)
         return _correlate(dy, mirrored, window, groups)
-    dx = array_module(dy).zeros((len(dy), w.shape[1] * groups, *size), dy.dtype)
+    C = w.shape[1] * groups
+    dx = array_module(dy).zeros((len(dy), C, *size), dy.dtype)
     w = _matrices(w, groups)
     for block in _blocks(dx, dy, win):
         du = _product(w.swapaxes(1, 2), _columns(dy, block, groups))            # w.T @ dy
@@ -393,8 +401,8 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1):
 
     stride, dilation : an integer, or one per axis
     padding : an integer; one per axis, as (1, 2); a (before, after) pair per axis, as
-        ((0, 1), (2, 2)); "valid" for none; or "same" for an output of ceil(size / stride), with
-        the odd pixel, if any, after the image
+        ((0, 1), (2, 2)), or ((1, 2),) for one axis; "valid" for none; or "same" for an output of
+        ceil(size / stride), with the odd pixel, if any, after the image
     groups : an integer G that divides C and F; each filter sees the C/G channels of its own group,
         and the formula holds within a group
 
@@ -423,8 +431,8 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 
 # A transposed convolution is the step from dy to dx, used as a layer. With a stride it makes
 # images larger: each pixel of x paints the whole kernel, times its value, at a distance of stride
-# pixels from the next. So the paper's network without coordinates draws, in six doublings from one
-# pixel to 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
+# pixels from the next. So the network without coordinates draws that the paper compares with, in
+# six doublings from one pixel to 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
 #
 #   1 * w          1   2   3
 #   10 * w                10  20  30
@@ -437,26 +445,8 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #   transposed      dx = w @ unfold(dy)     dw = x @ unfold(dy).T       y = fold(w.T @ x)
 #   made by         _correlate              _correlate_dw               _correlate_dx
 #
-# So the channels of x are the first axis of w, and the window moves over y: at each stop it paints
-# a pixel of x.
-
-def _transpose_window(x, w, stride, padding, output_padding, dilation):
-    """The window, which has a stop for each pixel of x, and the size of y."""
-    size = x.shape[2:]
-    kernel = w.shape[2:]
-    _need(all(e < max(s, d) for e, s, d in zip(output_padding, stride, dilation)),
-          "output_padding must be smaller than stride or dilation", output_padding)
-    full = [(length - 1) * s + (taps - 1) * d + 1 + extra       # before padding cuts off pixels
-            for length, s, taps, d, extra in zip(size, stride, kernel, dilation, output_padding)]
-    if padding == "same":
-        y_size = tuple(length * s for length, s in zip(size, stride))
-        # what is painted beyond that size is cut off, half of it in front
-        before = tuple(max(whole - wanted, 0) // 2 for whole, wanted in zip(full, y_size))
-    else:
-        y_size = tuple(whole - sum(pair) for whole, pair in zip(full, padding))
-        before = tuple(pair[0] for pair in padding)
-    _need_output(size, kernel, padding, y_size)
-    return _Window(kernel, stride, dilation, before, size), y_size
+# So the channels of x are the first axis of w. The window moves over y, and has a stop for each
+# pixel of x; _transpose_window of section 6 returns it and the size of y.
 
 
 @_checked(x="N C *size", w="C F/G *kernel", b="F?")
@@ -471,8 +461,8 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     stride, padding, dilation, groups : as in conv, but "same" gives an output of size * stride
     output_padding : an integer, or one per axis, below the larger of stride and dilation, as in
         PyTorch: so many extra pixels at the end of y. With 3 taps and a stride of 2, conv turns 5
-        pixels, and also 6, into 2; so 2 become 5, or 6 with an output_padding of 1. With "same" y
-        keeps its size, and only what is cut off changes.
+        pixels, and also 6, into 2; so 2 become 5, or 6 with an output_padding of 1. With "same" it
+        changes which pixels are cut off, not how many are left.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -505,7 +495,7 @@ def conv_transpose_backward(dy, x, w, b=None, *, stride=1, padding=0, output_pad
 #   conv(add_coords(x), w, b) = conv(x, w[:, :C]) + conv(coords, w[:, C:], b)
 #
 # The second part is the same for every image. So CoordConv adds to a convolution a bias that
-# depends on the position; w[:, C:] decides how. Outside of the image coordinates count as 0, as
+# depends on the position; w[:, C:] decides how. Outside of the image, coordinates count as 0, as
 # pixels do.
 
 def _images_and_coords(x, size, radius, scale):
@@ -553,12 +543,13 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
     win = _window(images.shape[2:], w.shape[2:], stride, padding, dilation)
     _need_shape(dy, (len(x), len(w), *win.out))
     dx = _correlate_dx(dy, w[:, :C], win, images.shape[2:])
-    if size is not None:                                # a pixel's is the sum over its copies
-        dx = _pixels(dx).sum(axis=2).reshape(x.shape)   # _pixels: (N, C, pixels)
-    total = _image_sum(dy)[None]                        # over the images, (1, F, *out)
+    if size is not None:
+        # the gradient of a pixel is the sum over its copies; _pixels makes them one axis
+        dx = _pixels(dx).sum(axis=2).reshape(x.shape)
+    dy_sum = _image_sum(dy)[None]                       # over the images, (1, F, *out)
     dw = array_module(x).concatenate(
-        [_correlate_dw(dy, images, win), _correlate_dw(total, coords, win)], axis=1)
-    return dx, dw, None if b is None else _channel_sum(total)
+        [_correlate_dw(dy, images, win), _correlate_dw(dy_sum, coords, win)], axis=1)
+    return dx, dw, None if b is None else _channel_sum(dy_sum)
 
 
 # 5 NETWORKS, WIRED BY HAND -----------------------------------------------------------------------
@@ -570,7 +561,9 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
 @_checked(x="...")
 def relu(x):
     """The rectifier max(x, 0), elementwise; of NaN it is NaN, with a gradient of 0."""
-    return array_module(x).maximum(x, 0)
+    xp = array_module(x)
+    zeros = xp.zeros(x.shape[1:], x.dtype)              # they take half the time of the number 0
+    return xp.maximum(x, zeros)
 
 
 @_checked(dy="...", x="...")
@@ -607,8 +600,8 @@ class Layer(collections.namedtuple("Layer", "op params options")):
     """One step of a network: it computes op(x, *params, **options). A network is a list of Layers.
 
     op : a function with a gradient, of this file or of another module. The gradient must stand in
-        the same module, under the same name with "_backward" appended. A decorator from elsewhere
-        hides where a function stands.
+        the same module, under the same name with "_backward" appended. A decorator of a third
+        module would hide where that is.
     params : the list of arrays that training changes; None stands for one that is left out
     options : a dict of all the rest, including arrays that get no gradient
     """
@@ -684,8 +677,9 @@ def decoder_network(size, *, dtype=np.float32, xp=np):
 @_checked()
 def encoder_network(size, *, dtype=np.float32, xp=np):
     """The network from a position in pixels to its one-hot image (N, 1, *size): two 1x1
-    convolutions. For two axes it has 25 parameters; four are biases of 0, there to be trained. The
-    position comes as an image of one pixel, (N, len(size), 1, ...), which coord_conv repeats.
+    convolutions. For two axes it has 25 parameters; four are biases of 0, which training may
+    change. The position comes as an image of one pixel, (N, len(size), 1, ...), which coord_conv
+    repeats.
 
     y[n, 0, i] = relu(1 - sum_a (relu(i_a - p_a) + relu(p_a - i_a)))       with p = x[n]
 
@@ -710,7 +704,8 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
 @_checked()
 def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
     """The network from a position in pixels (N, len(size), 1, ...) to the square around it, cut
-    off at the edge, (N, 1, *size): encoder_network, then a convolution with ones.
+    off at the edge, (N, 1, *size): encoder_network, then a convolution with ones. It does by
+    wiring what coordconv_renderer learns.
 
     square : the side of the square, an odd number of pixels
     """
@@ -734,8 +729,8 @@ _BLOCK = 2 ** 20                # numbers of u that exist at a time on a CPU
 
 def _blocks(x, y, win):
     """Cut the output y into blocks, each a tuple of slices: of the images, then of each axis of
-    pixels. For a block, neither u nor y nor the images that u is made from have more than _BLOCK
-    numbers (on a GPU 128 times as many), unless a single column or image has more.
+    pixels. In a block there are at most _BLOCK numbers of u, of y, and of the images that u is
+    made from (on a GPU 128 times as many), but always at least a column and an image.
 
     With 64 channels, 3x3 taps and images of 56x56 pixels u has 576 rows, and so 1820 columns at a
     time: the steps are (32, 56), which is 1792 pixels of one image.
@@ -748,15 +743,13 @@ def _blocks(x, y, win):
     steps = []                                          # a block's length along each axis
     for n in reversed(win.out):                         # the last axis whole, if there is room
         steps.insert(0, min(n, columns // math.prod(steps)))
-    pixels = math.prod(steps)
-    # Small images share a block: 64 of 12x12 took four times as long one by one. But they do so
-    # only up to 4096 columns (a large image may have more): dw is a sum over columns, and BLAS may
-    # add those of many small images up in turn, with a rounding each.
-    if on_cpu:
-        columns = min(columns, 4096)
-    images = max(min(columns // pixels, budget // max(math.prod(x.shape[1:]), 1)), 1)
+    # Small images share a block: 64 of 12x12 took four times as long one by one. But together they
+    # have at most 4096 columns: dw is a sum over columns, and BLAS may add those of many images up
+    # in turn, with a rounding each.
+    shared = min(columns, 4096) if on_cpu else columns
+    images = min(shared // math.prod(steps), budget // max(math.prod(x.shape[1:]), 1))
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
-            for n, step in zip((len(x), *win.out), (images, *steps))]
+            for n, step in zip((len(x), *win.out), (max(images, 1), *steps))]
     return itertools.product(*cuts)
 
 
@@ -789,43 +782,45 @@ def _set_columns(y, block, columns):
 #                   tap 1 reads [1 2 4]     pixels 0 to 2, for outputs 0 to 2
 #                   tap 2 reads [2 4 0]     pixels 1 and 2, for outputs 0 and 1
 #
-# In the same way an output reads every dilation-th pixel, for a slice of the taps. Along each axis
-# taps or outputs, whichever are fewer, are taken one by one, and the others as a slice: a kernel
-# may be as large as the image.
+# A kernel may be as large as the image, with many taps and few outputs. Then the outputs are taken
+# one by one: an output reads every dilation-th pixel, for a slice of the taps. Above, output 0
+# reads the pixels 0 and 1, for taps 1 and 2. Along each axis it is the fewer, taps or outputs,
+# that are taken one by one.
 
 def _inside(first, step, count, n):
     """Which of the positions first, first + step, ..., count of them, lie on an axis of n pixels:
     as a slice of these positions, and as a slice of the pixels. For tap 0 above, _inside(-1, 1, 3,
     3), these are 1:3, the outputs, and 0:2, the pixels."""
-    low = max(-(first // step), 0)                      # of the first that is 0 or more
-    high = min((n - 1 - first) // step + 1, count)      # one past that of the last below n
-    high = max(high, low)                               # there may be none
+    low = max(-(first // step), 0)                      # from here positions are 0 or more
+    high = min((n - 1 - first) // step + 1, count)      # from here they are n or more, or end
+    high = max(high, low)                               # there may be none between
     return slice(low, high), slice(first + low * step, first + high * step, step)
 
 
 def _reads_along(outputs, taps, stride, dilation, before, n):
-    """What the outputs, a slice, read of an axis of n pixels. Yields ((k, outputs), pixels), for
-    one tap and a slice of these outputs, or ((taps, o), pixels), for a slice of taps and one
-    output. Outputs are counted from the first of the block."""
+    """What a block reads along an axis of n pixels. outputs is the block's slice of the outputs;
+    here they are counted from its first. Yields ((k, outputs), pixels), for one tap and a slice of
+    outputs, or ((taps, o), pixels), for a slice of taps and one output."""
     first = outputs.start * stride - before             # what tap 0 reads for the first output
     count = outputs.stop - outputs.start
     if taps <= count:
         for k in range(taps):
-            reading, pixels = _inside(first + k * dilation, stride, count, n)
-            yield (k, reading), pixels
+            some_outputs, pixels = _inside(first + k * dilation, stride, count, n)
+            yield (k, some_outputs), pixels
     else:
         for o in range(count):
-            read_by, pixels = _inside(first + o * stride, dilation, taps, n)
-            yield (read_by, o), pixels
+            some_taps, pixels = _inside(first + o * stride, dilation, taps, n)
+            yield (some_taps, o), pixels
 
 
 def _reads(u, x, outputs, win):
     """Pairs of views of the same shape: of a part of u (C, *kernel, images, *out), and of the
-    pixels of x (C, images, *size) that it reads. outputs has a slice for each axis.
+    pixels of x (C, images, *size) that this part holds copies of. outputs has a slice for each
+    axis.
 
-    For rank 2 these are, say, u[:, k1, taps2, :, outputs1, o2] and x[:, :, pixels1, pixels2]. Of k
-    and o one is a number, so that a single axis is left for each of x. For the order of x, the
-    axis of k is moved to that of o first.
+    For one axis these are u[:, k, :, outputs] and x[:, :, pixels]. For more, u is transposed
+    first, so that the taps and the outputs of an axis stand where x has its pixels. Of the two,
+    one is a number and drops out: u[:, :, k1, outputs1, taps2, o2] and x[:, :, pixels1, pixels2].
     """
     rank = len(outputs)
     # rank 2: (C, k1, k2, images, o1, o2) becomes (C, images, k1, o1, k2, o2)
@@ -847,7 +842,8 @@ def _shape_of_u(x, block, win):
 def _unfold(x, y, win, groups):
     """Yields each block of the output y and its columns of u, (G, rows, columns). Where an output
     reads its own pixel alone, u is x. Else all blocks share the memory of the first, which is the
-    largest: new memory took up to three times as long as all the rest."""
+    largest, so each must be used before the next is made: new memory took up to three times as
+    long as all the rest."""
     if _reads_own_pixel(win, x.shape[2:]):
         for block in _blocks(x, y, win):
             yield block, _columns(x, block, groups)
@@ -861,8 +857,8 @@ def _unfold(x, y, win, groups):
             memory = array_module(x).empty(math.prod(shape), x.dtype)
         u = memory[:math.prod(shape)].reshape(shape)
         u[...] = 0                                      # for taps outside of the image
-        for part, read in _reads(u, part_of_x, out, win):
-            part[...] = read
+        for part, pixels in _reads(u, part_of_x, out, win):
+            part[...] = pixels
         rows = x.shape[1] // groups * math.prod(win.kernel)
         yield block, u.reshape(groups, rows, math.prod(shape[1 + len(out):]))
 
@@ -872,12 +868,35 @@ def _fold(du, dx, block, win):
     images, *out = block
     dx = dx[images].swapaxes(0, 1)                      # a view, so dx changes
     du = du.reshape(_shape_of_u(dx, block, win))
-    for part, read in _reads(du, dx, out, win):
-        read += part
+    for part, pixels in _reads(du, dx, out, win):
+        pixels += part
+
+
+def _transpose_window(x, w, stride, padding, output_padding, dilation):
+    """The window of a transposed convolution, which has a stop for each pixel of x; and the size
+    of y."""
+    size = x.shape[2:]
+    kernel = w.shape[2:]
+    _need(all(e < max(s, d) for e, s, d in zip(output_padding, stride, dilation)),
+          "output_padding must be smaller than stride or dilation", output_padding)
+    before = []
+    y_size = []
+    for axis, (n, taps, s, d) in enumerate(zip(size, kernel, stride, dilation)):
+        painted = (n - 1) * s + (taps - 1) * d + 1 + output_padding[axis]
+        if padding == "same":
+            left = n * s
+            before.append(max(painted - left, 0) // 2)  # half of what is cut off
+        else:
+            left = painted - sum(padding[axis])
+            before.append(padding[axis][0])
+        y_size.append(left)
+    _need_output(size, kernel, padding, y_size)
+    return _Window(kernel, stride, dilation, tuple(before), size), tuple(y_size)
 
 
 def _matrices(w, groups):
-    """Weights (F, C/G, *kernel) as matrices, (G, F/G, rows of u): a view, if w is contiguous."""
+    """Weights (F, C/G, *kernel) as a stack of matrices, (G, F/G, rows of u): a view, if w is
+    contiguous. .swapaxes(1, 2) transposes them."""
     return w.reshape(groups, len(w) // groups, math.prod(w.shape[1:]))
 
 
@@ -926,13 +945,14 @@ def _is_mirroring_faster(dy, w, win, size, groups):
     F = dy.shape[1]
     C = w.shape[1] * groups
     outputs = math.prod(win.out)
-    # the mirrored copy of w must not have more numbers than du, nor take more than 16 MiB
+    # the copy of w must not have more numbers than du, (F/G * C * taps) and (C * taps * N * out),
+    # nor take much of the memory that a convolution may
     if set(win.stride) != {1} or F // groups > len(dy) * outputs or w.nbytes > 2 ** 24:
         return False
     if _reads_own_pixel(win, size):                     # here its u is dy
         return True
-    # Else u has F * size numbers for each tap, where du has C * out. To fill in one of u takes
-    # half as long as to add one of du to dx.
+    # Else u has F * size numbers for each tap, where du has C * out. To fill in a number of u
+    # takes half as long as to add a number of du to dx.
     faster = F * math.prod(size) < 2 * C * outputs
     # Mirrored, all of w meets the zeros around dy, and infinity * 0 is NaN. So w must be finite.
     # To ask a GPU would be a wait, so there the answer is no.
@@ -959,16 +979,16 @@ def _mirrored(w, win, size, groups):
 
 def _where(mask, a):
     """a where mask holds, else 0."""
-    # The bits of a, as integers, times 1 or 0: faster than where(mask, a, 0), and unlike a * mask
-    # 0 for an infinity, too.
+    # The bits of a, as integers, times 1 or 0: up to ten times as fast as where(mask, a, 0). And
+    # a * mask would be NaN for an infinity.
     bits = a.view(f"i{a.itemsize}")
     return (bits * mask).view(a.dtype)
 
 
 def _image_sum(x, pixels=False):
-    """The sum of x (N, ...) over the images, and over the pixels first if that is asked for. The
-    images are summed 256 at a time, and these sums are added up in float64. Along the pixels, a
-    contiguous axis, NumPy sums pairwise. Both keep float32 accurate."""
+    """The sum of x (N, ...) over the images, and over the pixels first if that is asked for. To
+    keep float32 accurate, images are summed 256 at a time, and these sums are added up in float64;
+    along the pixels, a contiguous axis, NumPy sums pairwise."""
     sums = []
     for n in range(0, max(len(x), 1), 256):
         part = x[n:n + 256]
@@ -1025,7 +1045,8 @@ def _pooled_shape(x, win):
 
 def _pool_taps(x, y, axis, win):
     """For each tap of a pool along a spatial axis of x (N, C, *size): the pixels that it reads,
-    and the outputs for which it does, as views of x and of y."""
+    and the outputs for which it does, as views of x and of y. In place of x and y may stand
+    gradients of their shapes."""
     axes_before = (slice(None),) * (2 + axis)
     n = x.shape[2 + axis]
     taps, stride, _, before, count = (entry[axis] for entry in win)
@@ -1038,8 +1059,8 @@ def _pool_taps(x, y, axis, win):
 
 
 def _pool_steps(x, win, combine, start):
-    """Pool x (N, C, *size) with combine, maximum or add. Returns for each axis, the last one
-    first, what is pooled along it, and the result."""
+    """Pool x (N, C, *size) with combine, maximum or add. Returns a list with a pair for each axis,
+    the last axis first: what is pooled along it, and the result."""
     steps = []
     for axis in reversed(range(len(win.out))):
         y = array_module(x).full((*x.shape[:2 + axis], *win.out[axis:]), start, x.dtype)
@@ -1124,7 +1145,7 @@ def _statistics(x):
     """The mean and the (biased) variance of each channel, and x without its mean."""
     count = x.size // x.shape[1]
     mean = _channel_sum(x) / count
-    mean = mean + _channel_sum(x - _over(mean, x)) / count          # a second pass: less rounding
+    mean = mean + _channel_sum(x - _over(mean, x)) / count          # what rounding has left out
     centred = x - _over(mean, x)
     return mean, _channel_sum(centred * centred) / count, centred
 
@@ -1163,8 +1184,8 @@ def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
     dx = scale / sqrt(var + eps) * dy                                   for a given mean and var
     dx = scale / sqrt(var + eps) * (dy - E[dy] - xhat * E[dy * xhat])   for those of the batch
 
-    With those of the batch, adding a constant to x, or a multiple of xhat, leaves y as it is (but
-    for eps). So these two parts are taken out of dy.
+    With those of the batch, y stays as it is when a constant is added to x, or (but for eps) a
+    multiple of xhat. So dx must have no part along either, and both are taken out of dy.
     """
     xhat, rstd = _normalised(x, mean, var, eps)
     dscale = _channel_sum(dy * xhat)
@@ -1178,9 +1199,9 @@ def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
 def _log_softmax(z):
     """log softmax of z (N, classes), accurate also where the softmax is almost 1.
 
-    log softmax(z) = z - log sum_j exp(z[j]), and a constant may be added to all z: here the
-    largest becomes 0, and its term in the sum 1. Beside a 1 small terms might be lost: so the sum
-    is made without it, and log1p adds it.
+    log softmax(z) = z - log sum_j exp(z[j]), and a constant may be added to all z. Here the
+    largest becomes 0, and its term in the sum 1. The sum of the others may be so small that
+    rounding would lose it beside that 1, so log1p adds it.
     """
     xp = array_module(z)
     rows = xp.arange(len(z))
@@ -1242,12 +1263,12 @@ def softmax_cross_entropy_backward(dy, logits, target):
     log_p = _log_softmax(_flat(logits))
     p = xp.exp(log_p)
     q = -xp.expm1(log_p)                                # 1 - p, which might round to 0
-    dlogits = _times(others, p) - _times(t, q)          # p and q are NaN in a row of -inf
+    dlogits = _times(others, p) - _times(t, q)          # of -inf alone p and q are NaN
     return (dlogits * share).reshape(logits.shape), (log_p * -share).reshape(logits.shape)
 
 
 def _softplus(z):
-    """log(1 + exp(z)), which is -log sigmoid(-z), without overflow."""
+    """log(1 + exp(z)) without overflow: -log(1 - sigmoid(z)), and of -z it is -log sigmoid(z)."""
     xp = array_module(z)
     return xp.maximum(z, 0) + xp.log1p(xp.exp(-abs(z)))
 
@@ -1290,9 +1311,10 @@ def mean_squared_error_backward(dy, y, target):
 
 # 8 THE PAPER'S COORDCONV NETWORKS ----------------------------------------------------------------
 #
-# Each coordconv_ function returns a network, a list of Layers. rng is a numpy.random.Generator, a
-# seed or None. Weights are drawn on the host, so that a CPU and a GPU start from the same bits.
-# The paper's networks without coordinates are in the repository's bench.py.
+# Each coordconv_ function returns a network, a list of Layers. rng is a numpy.random.Generator,
+# which moves on, or a seed for one, or None. Weights are drawn on the host, so that a CPU and a
+# GPU start from the same bits. The paper's networks without coordinates are in the repository's
+# bench.py.
 
 @_checked()
 def he_normal(shape, *, rng=None, dtype=np.float32, xp=np):
@@ -1324,12 +1346,12 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
     The position repeated over the grid, coordinate channels, and five 1x1 convolutions with 32,
     32, 64, 64 and 1 filters and rectifiers between them: 7,553 parameters.
 
-    start : "he", the paper's, or "relative", which is coordref's own: the first layer's weights
-        for the position that comes in are from U(-1, 1), those for the coordinate channels are
-        their negatives, and its biases are from U(-0.5, 0.5). So before training, the output for a
-        position on the unit scale depends on that position less each pixel's: another position
-        moves the image. The weights of the last layer, which no rectifier follows, have the
-        variance 1 / fan_in.
+    start : "he", the paper's, or "relative", which is coordref's own. Then the first layer's
+        weights for the position that comes in are from U(-1, 1), those for the coordinate channels
+        are their negatives, and its biases are from U(-0.5, 0.5). So before training, what is
+        drawn at a pixel depends on the difference of the two positions alone, on the unit scale:
+        for another position the same image comes out, moved. The weights of the last layer, which
+        no rectifier follows, then have the variance 1 / fan_in.
     width : multiplies the filters of the hidden layers
     """
     K = len(size)
@@ -1408,9 +1430,9 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     task : "classification": from a position (M, 2, 1, 1) to the image of its pixel
         (M, 1, canvas, canvas); "rendering": to the square around it, of ones (in the paper's
         code 128/255); "regression": from the image of a pixel to its position (M, 2)
-    scale : "unit": positions that a network gets are on the unit scale, those that it should give
-        are divided by canvas; "pixel": both are in pixels. The paper's code gives pixels to a
-        network and divides the targets.
+    scale : "unit": positions that a network gets are on the unit scale, from -1 to 1, but those
+        that it should give are divided by canvas, from 0 to below 1; "pixel": both are in pixels.
+        The paper's code gives pixels to a network and divides the targets.
 
     >>> data, test = not_so_clevr("quadrant")
     >>> data.x.shape, test.target.shape
@@ -1418,7 +1440,7 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     """
     _need(square < canvas, f"canvas must be larger than square={square}", canvas)
     half = square // 2
-    # the paper's order, in which its split was drawn: from column to column
+    # the paper's order, in which its split was drawn: the row counts up first
     col, row = (i.ravel() for i in np.mgrid[half:canvas - half, half:canvas - half])
     if split == "uniform":
         test = np.random.RandomState(20202).random_sample(len(row)) < 0.25
@@ -1471,7 +1493,7 @@ class State(collections.namedtuple("State", "net m v step seed loss")):
     net : list of Layer
     m, v : Adam's moments, a list with an array for each parameter
     step : the steps done
-    seed : sets the order of the examples, in epoch e default_rng([seed, e]).permutation
+    seed : in epoch e the order of the M examples is default_rng([seed, e]).permutation(M)
     loss : of the last batch, with what l2 adds; NaN before the first
     """
 
@@ -1511,12 +1533,14 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
         must begin with the same State, else ValueError
 
     A batch goes through the network in shards of a sixteenth, rounded down, but of at least four
-    examples (64 on a GPU), and the gradients of the shards are always added in the same order. So
-    the States do not depend, to the last bit, on the number of workers or processes, nor on
-    whether training was interrupted and resumed from a saved State. A network with batch_norm
-    takes a batch whole, so workers do not help; a mean and a variance that its layer is given
-    become 0.9 of the old plus 0.1 of the batch's. Raises FloatingPointError once the loss or a
-    weight is no longer finite.
+    examples (64 on a GPU): 16 examples are four shards of four. The gradients of the shards are
+    always added in the same order. So the States do not depend, to the last bit, on the number of
+    workers or processes, nor on whether training was interrupted and resumed from a saved State.
+
+    A network with batch_norm takes a batch whole, so workers do not help; a mean and a variance
+    that its layer is given become 0.9 of the old plus 0.1 of the batch's.
+
+    Raises FloatingPointError once the loss or a weight is no longer finite.
 
     >>> data, _ = not_so_clevr()
     >>> state = initial_state(coordconv_painter(start="relative", rng=0))
@@ -1531,7 +1555,7 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
         _need_both(options.get("mean"), options.get("var"))
     steps_per_epoch = math.ceil(len(x) / batch_size)
 
-    # apart, so that train itself checks its arguments, and not the first step
+    # a generator of its own, as nothing in one runs before the first step: not the checks above
     def states(state):
         first = state.step
         with _team(workers, comm, xp) as run:
@@ -1576,7 +1600,7 @@ def _shard_gradients(net, loss, x, target, count, index):
     dy, _ = _gradient(loss)(share, y, target)           # share is the upstream gradient
     _, by_layer = backward(net, dy, inputs)
     grads = [dp for layer in by_layer for dp in layer if dp is not None]
-    # with a batch_norm there is one shard, so no sum is taken of these
+    # of the whole batch, since with a batch_norm there is one shard
     statistics = [a for layer, given in zip(net, inputs) if layer.op is batch_norm
                   for a in _statistics(given)[:2]]
     return [value, *grads, *statistics]
@@ -1595,23 +1619,23 @@ def _next_state(state, sums, adam, learning_rate, l2):
             value = value + l2 * (p * p).sum()
             dp = dp + 2 * l2 * p
         updates.append(adam(p, dp, m, v, step, learning_rate=learning_rate))
-    params, m, v = (list(arrays) for arrays in zip(*updates))
+    new_params, m, v = (list(arrays) for arrays in zip(*updates))
     value = float(value)
-    xp = array_module(*params)
-    if not (math.isfinite(value) and xp.stack([xp.isfinite(p).all() for p in params]).all()):
+    xp = array_module(*new_params)
+    if not (math.isfinite(value) and xp.stack([xp.isfinite(p).all() for p in new_params]).all()):
         raise FloatingPointError(f"train: step {step} gave a loss of {value} or weights that are "
                                  "not finite; learning_rate may be too large")
 
-    params = iter(params)
+    new_params = iter(new_params)
     net = []
-    for op, old, options in state.net:
+    for op, params, options in state.net:
         if op is batch_norm:
             mean = next(statistics)
             var = next(statistics)
             if options.get("mean") is not None:
                 options = options | {"mean": 0.9 * options["mean"] + 0.1 * mean,
                                      "var": 0.9 * options["var"] + 0.1 * var}
-        net.append(Layer(op, [None if p is None else next(params) for p in old], options))
+        net.append(Layer(op, [None if p is None else next(new_params) for p in params], options))
     return State(net, m, v, step, state.seed, value)
 
 
@@ -1783,7 +1807,7 @@ def load(path, like):
         elif isinstance(a, (float, np.floating)):
             fits = type(got) in (int, float)
         else:
-            fits = type(got) is type(np.asarray(a).item())
+            fits = type(got) is type(np.asarray(a).item())          # bool, int or str
         if not fits:
             raise _Refused(f"like{name} is {_shown(a)}, but in {path} it is {_shown(got)}")
         return array_module(a).asarray(got) if _is_array(a) else type(a)(got)
@@ -1874,8 +1898,9 @@ def _parameters(f):
 
 
 def _arguments(f, axes, args, options):
-    """The arguments of a call by name, defaults included: options checked and completed as
-    _OPTIONS says, and arrays checked against their axes."""
+    """The arguments of a call by name, defaults included, checked and completed: first the ranks
+    of the arrays, then the options, which are completed by the rank, and then the lengths of axes,
+    which depend on groups and radius."""
     names, positional, defaults = _parameters(f)
     given = defaults | dict(zip(positional, args)) | options
     twice = options.keys() & set(positional[:len(args)])
@@ -1894,7 +1919,9 @@ def _arguments(f, axes, args, options):
             may_be_none = name in defaults and defaults[name] is None
             if name == "rng" or not (may_be_none and value is None):
                 given[name] = _option(name, value, rank)
-    _check_lengths(arrays, axes, given.get("groups", 1), (rank or 0) + given.get("radius", False))
+    G = given.get("groups", 1)
+    K = (rank or 0) + given.get("radius", False)        # a coordinate for each axis, the radius
+    _check_lengths(arrays, axes, G, K)
     return given
 
 
@@ -1940,14 +1967,16 @@ def _check_lengths(arrays, axes, G, K):
     known = {"1": 1, "G": G, "K": K}
     for name, a in arrays.items():
         *named, last = axes[name]
-        lengths = list(a.shape)
+        lengths = a.shape
         if last[0] in "*.":                             # it stands for all the axes that are left
-            lengths[len(named):] = [a.shape[len(named):]]
+            lengths = *a.shape[:len(named)], a.shape[len(named):]
         for axis, n in zip(axes[name], lengths):
-            if axis.endswith("/G"):                     # with n for C/G, C is n * G
-                axis, n = axis[0], n * G
-            if axis.endswith("+K"):                     # with n for C+K, C is n - K
-                axis, n = axis[0], n - K
+            if axis == "C/G":
+                axis, n = "C", n * G
+            if axis == "F/G":
+                axis, n = "F", n * G
+            if axis == "C+K":
+                axis, n = "C", n - K
             # the first array with this name says what it stands for, the others must agree
             if known.setdefault(axis, n) != n:
                 raise _wrong_shape(name, arrays, axes, known)
@@ -1969,7 +1998,7 @@ def _wrong_shape(name, arrays, axes, known):
     return _Refused(f"{name} must be ({shape}), where {where}, got {got}")
 
 
-_HUGE = 2 ** 48                 # more pixels than a memory holds, or examples
+_HUGE = 2 ** 48                 # more pixels, or examples, than a memory holds
 
 
 # The checks of options. Each takes a value and the rank of the images, None where there are none,
@@ -1998,11 +2027,13 @@ def _each(value, rank):
 
 
 def _integers(low, below=math.inf):
+    integer = _integer(low, below)
+
     def check(value, rank):
         each = _each(value, rank)
         if len(each) != rank:
             raise ValueError
-        return tuple(_integer(low, below)(n, rank) for n in each)
+        return tuple(integer(n, rank) for n in each)
     return check
 
 
@@ -2016,12 +2047,12 @@ def _kernel(value, rank):
 
 
 def _padding(value, rank):
-    if isinstance(value, str):
+    if isinstance(value, str):                          # of any other the KeyError refuses it
         return {"same": "same", "valid": ((0, 0),) * rank}[value]
-    pairs = [_each(entry, 2) for entry in _each(value, rank)]
+    pairs = [_integers(0)(entry, 2) for entry in _each(value, rank)]
     if len(pairs) != rank:
         raise ValueError
-    return tuple(_integers(0)(pair, 2) for pair in pairs)
+    return tuple(pairs)
 
 
 def _number(below=sys.float_info.max):
@@ -2106,7 +2137,7 @@ def _state(value, rank):
         _need(isinstance(moments, (list, tuple))
               and [getattr(a, "shape", None) for a in moments] == shapes,
               f"state.{key} must be a list with an array for each parameter of state.net", moments)
-    for key in ("step", "seed"):
+    for key in ("step", "seed"):                        # each an integer of 0 or more
         _option("seed", getattr(value, key), rank, f"state.{key}")
     return value
 
@@ -2169,7 +2200,7 @@ def _option(name, value, rank, called=None):
 
 def _need_output(size, kernel, padding, out):
     """Check that a window leaves an output, and one that a memory can hold."""
-    if min(size + kernel + out) < 1 or math.prod(out) >= _HUGE:
+    if min(*size, *kernel, *out) < 1 or math.prod(out) >= _HUGE:
         raise _Refused(f"kernel {_shown(kernel)}, dilation, stride and padding {_shown(padding)} "
                        f"must fit an image of {size}, got an output of {_shown(out)} pixels")
 
@@ -2249,8 +2280,9 @@ def _loss_dy(dy):
 
 def _gradient(op):
     """The gradient of op: the function of its module that has its name with "_backward"."""
-    # The module is found as __globals__, since a copy of this file need not be in sys.modules. The
-    # gradient must be defined there: a module that wraps conv may have imported conv_backward.
+    # __globals__ holds the names of the module that the function, or its decorator, was written
+    # in: a copy of this file need not be in sys.modules. The gradient must have been written there
+    # too, as a module that decorates conv may have imported conv_backward.
     name = getattr(op, "__name__", "") + "_backward"
     beside = getattr(op, "__globals__", {})
     found = beside.get(name)
