@@ -784,8 +784,8 @@ def _set_columns(y, block, columns):
 #
 # A kernel may be as large as the image, with many taps and few outputs. Then the outputs are taken
 # one by one: an output reads every dilation-th pixel, for a slice of the taps. Above, output 0
-# reads the pixels 0 and 1, for taps 1 and 2. Along each axis it is the fewer, taps or outputs,
-# that are taken one by one.
+# reads the pixels 0 and 1, for taps 1 and 2. So along each axis i counts the taps or the outputs,
+# whichever are fewer, and js is a slice of the others.
 
 def _inside(first, step, count, n):
     """Which of the positions first, first + step, ..., count of them, lie on an axis of n pixels:
@@ -797,40 +797,34 @@ def _inside(first, step, count, n):
     return slice(low, high), slice(first + low * step, first + high * step, step)
 
 
-def _reads_along(outputs, taps, stride, dilation, before, n):
-    """What a block reads along an axis of n pixels. outputs is the block's slice of the outputs;
-    here they are counted from its first. Yields ((k, outputs), pixels), for one tap and a slice of
-    outputs, or ((taps, o), pixels), for a slice of taps and one output."""
-    first = outputs.start * stride - before             # what tap 0 reads for the first output
-    count = outputs.stop - outputs.start
-    if taps <= count:
-        for k in range(taps):
-            some_outputs, pixels = _inside(first + k * dilation, stride, count, n)
-            yield (k, some_outputs), pixels
-    else:
-        for o in range(count):
-            some_taps, pixels = _inside(first + o * stride, dilation, taps, n)
-            yield (some_taps, o), pixels
+def _reads(u, x, block, win):
+    """What a block reads of its images x (C, images, *size): for each axis a list of (i, js,
+    pixels), in which js and pixels are slices. And u (C, *kernel, images, *out) with its axes in
+    the order (C, images, i and j of the first axis of pixels, i and j of the next, ...)."""
+    rank = x.ndim - 2
+    order = [0, 1 + rank]
+    reads = []
+    for a, n in enumerate(x.shape[2:]):
+        outputs = block[1 + a]
+        first = outputs.start * win.stride[a] - win.before[a]       # what tap 0 of the first reads
+        taps = win.kernel[a], win.dilation[a], 1 + a                # how many, the step, the axis
+        stops = outputs.stop - outputs.start, win.stride[a], 2 + rank + a
+        fewer, others = (taps, stops) if taps[0] <= stops[0] else (stops, taps)
+        count_i, step_i, axis_i = fewer
+        count_j, step_j, axis_j = others
+        order += [axis_i, axis_j]
+        reads.append([(i, *_inside(first + i * step_i, step_j, count_j, n))
+                      for i in range(count_i)])
+    return u.transpose(*order), reads
 
 
-def _reads(u, x, outputs, win):
-    """Pairs of views of the same shape: of a part of u (C, *kernel, images, *out), and of the
-    pixels of x (C, images, *size) that this part holds copies of. outputs has a slice for each
-    axis.
-
-    For one axis these are u[:, k, :, outputs] and x[:, :, pixels]. For more, u is transposed
-    first, so that the taps and the outputs of an axis stand where x has its pixels. Of the two,
-    one is a number and drops out: u[:, :, k1, outputs1, taps2, o2] and x[:, :, pixels1, pixels2].
-    """
-    rank = len(outputs)
-    # rank 2: (C, k1, k2, images, o1, o2) becomes (C, images, k1, o1, k2, o2)
-    order = [axis for a in range(rank) for axis in (1 + a, 2 + rank + a)]
-    u = u.transpose(0, 1 + rank, *order)
-    reads_along_each = [_reads_along(*along) for along in zip(
-        outputs, win.kernel, win.stride, win.dilation, win.before, x.shape[2:])]
-    for reads in itertools.product(*reads_along_each):
-        taps_and_outputs, pixels = zip(*reads)
-        yield u[:, :, *itertools.chain(*taps_and_outputs)], x[:, :, *pixels]
+def _views(u, x, reads):
+    """Pairs of views of the same shape: of a part of u, and of the pixels of x that this part has
+    copies of. For two axes these are u[:, :, i1, js1, i2, js2] and x[:, :, pixels1, pixels2]."""
+    for one_of_each in itertools.product(*reads):
+        places = [place for i, js, _ in one_of_each for place in (i, js)]
+        pixels = [some for _, _, some in one_of_each]
+        yield u[:, :, *places], x[:, :, *pixels]
 
 
 def _shape_of_u(x, block, win):
@@ -849,26 +843,31 @@ def _unfold(x, y, win, groups):
             yield block, _columns(x, block, groups)
         return
     memory = None
+    written = None
     for block in _blocks(x, y, win):
-        images, *out = block
-        part_of_x = x[images].swapaxes(0, 1)            # (C, images, *size)
-        shape = _shape_of_u(part_of_x, block, win)
+        images = x[block[0]].swapaxes(0, 1)             # (C, images, *size)
+        shape = _shape_of_u(images, block, win)
         if memory is None:
             memory = array_module(x).empty(math.prod(shape), x.dtype)
         u = memory[:math.prod(shape)].reshape(shape)
-        u[...] = 0                                      # for taps outside of the image
-        for part, pixels in _reads(u, part_of_x, out, win):
+        by_axis, reads = _reads(u, images, block, win)
+        # outside of the image u is 0; it still is if the last block wrote to the same places
+        places = shape, [js for along in reads for _, js, _ in along]
+        if places != written:
+            u[...] = 0
+            written = places
+        for part, pixels in _views(by_axis, images, reads):
             part[...] = pixels
         rows = x.shape[1] // groups * math.prod(win.kernel)
-        yield block, u.reshape(groups, rows, math.prod(shape[1 + len(out):]))
+        yield block, u.reshape(groups, rows, math.prod(shape[len(block):]))
 
 
 def _fold(du, dx, block, win):
     """Add the columns of a block to the pixels of dx that _unfold reads them from."""
-    images, *out = block
-    dx = dx[images].swapaxes(0, 1)                      # a view, so dx changes
+    dx = dx[block[0]].swapaxes(0, 1)                    # a view, so dx changes
     du = du.reshape(_shape_of_u(dx, block, win))
-    for part, pixels in _reads(du, dx, out, win):
+    by_axis, reads = _reads(du, dx, block, win)
+    for part, pixels in _views(by_axis, dx, reads):
         pixels += part
 
 
