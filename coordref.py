@@ -9,8 +9,8 @@ pixel into its position. Their remedy is CoordConv: two more input channels, whi
 pixel's row and column. Piekniewski (2018), the critic here, answered that there is nothing to
 learn: one convolution with such channels, one rectifier, one sum and one subtraction read a
 coordinate off an image, with weights that can be written down. So both sides use coordinates; they
-dispute whether finding such weights by training proves anything. This file holds both as plain
-array code, for NumPy and, given CuPy arrays, for the GPU.
+dispute whether finding such weights by training proves anything. This file holds the paper's
+networks and the critic's as plain array code, for NumPy and, given CuPy arrays, for the GPU.
 
 Sections 1 to 5 are the subject, and can be explained without the others. Section 6 carries
 convolution out, and makes it fast; 7 to 9 add what the paper's networks and their training need;
@@ -20,10 +20,10 @@ Notation:
 N images, C channels in, F filters (channels out), K coordinate channels, G groups; *size, *kernel
 and *out stand for the spatial axes, one or more. Images are (N, C, *size): (8, 3, 32, 48) are 8
 images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel), because a filter sees
-the channels of its group: all of them if G is 1. x is an input, y an output, w weights, b a bias.
-dx, dw, db: a d and a name stand for the gradient of the loss by what has that name. A position is
-(row, col), and each of the two is a coordinate. The rank is the number of spatial axes. xp is
-numpy or cupy, the module of the arrays; array_module(x) finds it.
+the channels of its group: all of them if G is 1, as it mostly is. x is an input, y an output, w
+weights, b a bias. dx is the gradient of the loss with respect to x, and so with other names: dw,
+db. A position is (row, col), and each of the two is a coordinate. The rank is the number of
+spatial axes. xp is numpy or cupy, the module of the arrays; array_module(x) finds it.
 
 Conventions:
 "Convolution" is cross-correlation, as in PyTorch: the kernel is not flipped. Coordinate channels
@@ -32,9 +32,10 @@ unit scale an axis runs from -1 to 1, on the pixel scale it counts pixels from 0
 distance from where all coordinates are 0.
 
 Below every layer and loss f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
-**options). It takes the upstream gradient dy, shaped as f's output (of a loss a number), and then
-the same arguments as f. It returns dx and one gradient for each of params, or just dx if f has
-none. The target of a loss counts as one of its params.
+**options). It takes the upstream gradient dy, shaped as f's output (a number, if f is a loss), and
+then the same arguments as f. It returns dx and one gradient for each of params, or just dx if f
+has none: dx, dw, db = conv_backward(dy, x, w, b, stride=2). The target of a loss counts as one of
+its params.
 
 The line above a function, such as @_checked(x="N C *size", w="F C/G *kernel", b="F?"), states the
 shapes of its arrays of floats:
@@ -43,15 +44,15 @@ shapes of its arrays of floats:
     ...       any number of axes        F?      the array may be None
     1         an axis of length 1
 
-Equal names are equal lengths. These arrays share one module and one dtype, float32 or float64, and
-so does the result.
+Equal names, "..." too, are equal lengths. These arrays share one module and one dtype, float32 or
+float64, and so does the result.
 
 A table near the end, _OPTIONS, says what an option may be. Options are completed before the
 function sees them: for images of rank 2 a stride of 2 becomes (2, 2), a padding of 1 becomes
-((1, 1), (1, 1)), and an rng of None, or a seed, a Generator. An argument of the wrong kind raises
-TypeError, one of the wrong value or shape ValueError. Public functions never write to their
-arguments. A helper stands near where it is first used, or in section 6 or 10; one named _need...
-raises an error unless something holds.
+((1, 1), (1, 1)), and an rng that is None or a seed becomes a Generator. An argument of the wrong
+kind raises TypeError, one of the wrong value or shape ValueError. Public functions never write to
+the arrays that they get. A helper stands near where it is first used, or in section 6 or 10; one
+named _need... raises an error unless something holds.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -61,9 +62,10 @@ Example:
 [[1.0, 2.0], [0.0, 0.0]]
 
 Differences:
-The paper's code has the channels (col, row, radius), and divides each axis by the length of the
-other, which shows where they differ. PyTorch takes no padding in pairs, before and after, and no
-stride with "same"; here both work.
+The paper's listing has the channels (col, row, radius), and measures the radius from (0.5, 0.5).
+Its repository divides coordinates by the length of the other axis, which matters where the two
+differ. PyTorch takes no padding in pairs, before and after, and no stride with "same"; here both
+work.
 
 References:
 Liu, Lehman, Molino, et al. An intriguing failing of convolutional neural networks and the
@@ -92,8 +94,8 @@ import numpy as np
 
 __version__ = "0.3.0"
 
-# The public names of sections 1 to 5 and 7 to 10; a row that is further indented goes on with a
-# section.
+# The public names of sections 1 to 5 and 7 to 10, a row for each; a row that is further indented
+# continues the one above.
 __all__ = """
   axis_coords coord_channels add_coords add_coords_backward
   decode encode
@@ -115,9 +117,9 @@ __all__ = """
 def _checked(**shapes):
     """Decorator: check f's arguments, complete its options, and then call f. Sections 1 to 9 need
     no more than that, so skip the body at first. _arguments of section 10 does the work, and
-    returns all arguments by name; a _Refused, which it or f raises for a wrong one, becomes an
+    returns all arguments by name. For a wrong argument it or f raises _Refused, which becomes an
     error here."""
-    # the ? is for readers: what decides is whether the default is None
+    # the ? is for readers: an array may be None where its default is
     axes = {name: shape.removesuffix("?").split() for name, shape in shapes.items()}
 
     def decorate(f):
@@ -146,7 +148,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_exact((n,), dtype)                            # float32 tells at most 2^24 pixels apart
+    _need_exact((n,), dtype)                            # for float32 at most 2^24 pixels
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -173,7 +175,7 @@ def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np)
 
 
 def _coords(size, radius, scale, dtype, xp):
-    """coord_channels, also where an axis has no pixels, as an x of add_coords may."""
+    """Like coord_channels, but an axis may have length 0."""
     _need_exact(size, dtype)
     # one array for each axis, of length 1 along the others
     channels = list(xp.meshgrid(*(_axis(n, scale, xp) for n in size), indexing="ij", sparse=True))
@@ -206,8 +208,8 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 # 2 THE CRITIC'S ANSWER ---------------------------------------------------------------------------
 #
 # Let A be a one-hot image: 1 at one pixel, the hot one, and 0 elsewhere. Take one axis at a time,
-# in the critic's letters: W is its length, X holds each pixel's coordinate along it, from 0 to
-# W - 1, and p is the coordinate of the hot pixel. The critic reads p off the image as
+# in the critic's letters: W is its length (not weights), X holds each pixel's coordinate along it,
+# from 0 to W - 1, and p is the coordinate of the hot pixel. The critic reads p off the image as
 #
 #   p = W - sum_pixels relu(W * A - X)                          where relu(x) = max(x, 0)
 #
@@ -231,8 +233,9 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   1 - |i - p|    0   1   0  -1
 #   relu           0   1   0   0
 #
-# Section 5 wires both as networks. Two functions get the same results more directly: decode looks
-# for the hot pixel, the only one that adds to the critic's sum, and encode sets it.
+# Section 5 wires both as networks. The two functions here are not the critic's method, but get the
+# results that it must agree with more directly: decode looks for the hot pixel, the only one that
+# adds to the sum, and encode sets it.
 
 @_checked(image="N 1 *size")
 def decode(image):
@@ -258,10 +261,11 @@ def encode(coords, size, *, dtype=np.float32):
     >>> encode(np.array([[1]]), (3,)).tolist()
     [[[0.0, 1.0, 0.0]]]
     """
-    at = _positions(coords, size)                       # integers, checked to lie in the image
-    xp = array_module(at)
-    y = xp.zeros((len(at), 1, *size), dtype)
-    y[xp.arange(len(at)), 0, *at.T] = 1                 # y[n, 0, row, col] for each n
+    positions = _positions(coords, size)                # integers, checked to lie in the image
+    xp = array_module(positions)
+    N = len(positions)
+    y = xp.zeros((N, 1, *size), dtype)
+    y[xp.arange(N), 0, *positions.T] = 1                # y[n, 0, row, col] for each n
     return y
 
 
@@ -302,15 +306,16 @@ def encode(coords, size, *, dtype=np.float32):
 #                                                [ 1  10  100]  to the pixels 1 to 3
 #   dx = fold(du)                           dx = [-1, 1 - 10, 10 - 100, 100] = [-1 -9 -90 100]
 #
-# For one image and one axis, a stride and a dilation of 1, and without zeros, both are a slice for
-# each tap:
+# For one image and one axis, with a stride and a dilation of 1 and without padding, unfold and
+# fold are a slice for each tap:
 #
 #   unfold:   u[:, k] = x[:, k:k + out]         x and dx are (C, pixels), u and du (C, taps, out)
 #   fold:     dx[:, k:k + out] += du[:, k]      dx is zeros to begin with
 #
-# Section 6 does so for any number of axes, and for a block of the columns at a time, since u has
-# as many times the numbers of x as there are taps. With G groups the filters of a group see the
-# channels of that group alone, and w, u and y are stacks of G such matrices:
+# Section 6 does so for any number of axes, and for a block of the columns at a time, since u is
+# large: with a stride of 1 it is about as many times larger than x as there are taps. With G
+# groups the filters of a group see the channels of that group alone, and w, u and y are stacks of
+# G such matrices:
 #
 #   y (G, F/G, columns) = w (G, F/G, C/G * taps) @ u (G, C/G * taps, columns)
 
@@ -342,9 +347,10 @@ def _window(size, kernel, stride, padding, dilation):
 
 # The three products, block by block. What they call stands in section 6:
 #
-#   _blocks(x, y, win)            yields the blocks of y, as slices
+#   _blocks(x, y, win)            yields the blocks of y, as slices; it needs y's shape alone
 #   _unfold(x, y, win, groups)    the same, each with its columns of u, (G, rows, columns)
-#   _columns(y, block, groups)    the columns of a block of y, which _set_columns writes
+#   _columns(y, block, groups)    the columns of a block of y
+#   _set_columns(y, block, cols)  writes columns to a block of y
 #   _fold(du, dx, block, win)     adds the columns of du for a block to the pixels of dx
 #
 # _matrices makes a stack of G matrices of w, and _product is @. On a first reading skip both ifs:
@@ -429,10 +435,10 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
     return dx, dw, None if b is None else _channel_sum(dy)          # over all axes but the filters
 
 
-# A transposed convolution is the step from dy to dx, used as a layer. With a stride it makes
-# images larger: each pixel of x paints the whole kernel, times its value, at a distance of stride
-# pixels from the next. So the network without coordinates draws that the paper compares with, in
-# six doublings from one pixel to 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
+# A transposed convolution is the step from dy to dx, used as a layer. With a stride above 1 it
+# makes images larger: each pixel of x paints the whole kernel, times its value, at a distance of
+# stride pixels from the next. The paper's network without coordinates draws in this way, in six
+# doublings from one pixel to 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
 #
 #   1 * w          1   2   3
 #   10 * w                10  20  30
@@ -461,8 +467,8 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     stride, padding, dilation, groups : as in conv, but "same" gives an output of size * stride
     output_padding : an integer, or one per axis, below the larger of stride and dilation, as in
         PyTorch: so many extra pixels at the end of y. With 3 taps and a stride of 2, conv turns 5
-        pixels, and also 6, into 2; so 2 become 5, or 6 with an output_padding of 1. With "same" it
-        changes which pixels are cut off, not how many are left.
+        pixels, and also 6, into 2; so 2 become 5, or 6 with an output_padding of 1. ("same" keeps
+        its size, and cuts off other pixels.)
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -510,14 +516,14 @@ def _images_and_coords(x, size, radius, scale):
     return x, coords[None]
 
 
-@_checked(x="N C *size", w="F C+K *kernel", b="F?")
+@_checked(x="N C *image", w="F C+K *kernel", b="F?")
 def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1, padding=0,
                dilation=1):
     """CoordConv: conv(add_coords(x), w, b), without building add_coords(x); y (N, F, *out). There
     are no groups: each filter sees the coordinates.
 
     size : None, or a tuple of integers such as (64, 64). Then x must be single pixels, (N, C, 1,
-        ...), and each is first repeated over that size, as to draw a position.
+        ...), and each is first repeated over that size: so a network gets a position to draw.
     radius, scale : as in coord_channels
     stride, padding, dilation : as in conv
 
@@ -533,11 +539,11 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     return y
 
 
-@_checked(dy="N F *out", x="N C *size", w="F C+K *kernel", b="F?")
+@_checked(dy="N F *out", x="N C *image", w="F C+K *kernel", b="F?")
 def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
                         padding=0, dilation=1):
     """dx, dw and db of coord_conv. All images share the u of the coordinates, so the gradient with
-    respect to their weights, sum_n dy[n] @ u.T, is (sum_n dy[n]) @ u.T."""
+    respect to the weights of coordinates, sum_n dy[n] @ u.T, is (sum_n dy[n]) @ u.T."""
     C = x.shape[1]
     images, coords = _images_and_coords(x, size, radius, scale)
     win = _window(images.shape[2:], w.shape[2:], stride, padding, dilation)
@@ -561,9 +567,7 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
 @_checked(x="...")
 def relu(x):
     """The rectifier max(x, 0), elementwise; of NaN it is NaN, with a gradient of 0."""
-    xp = array_module(x)
-    zeros = xp.zeros(x.shape[1:], x.dtype)              # they take half the time of the number 0
-    return xp.maximum(x, zeros)
+    return array_module(x).maximum(x, 0)
 
 
 @_checked(dy="...", x="...")
@@ -575,7 +579,7 @@ def relu_backward(dy, x):
 @_checked(x="N C *size")
 def sum_pool(x):
     """The sum over the pixels of each image, y (N, C): y[n, c] = sum_i x[n, c, i]."""
-    return _pixels(x).sum(axis=2)
+    return _pixels(x).sum(axis=2)                       # _pixels(x) is (N, C, pixels)
 
 
 @_checked(dy="N C", x="N C *size")
@@ -600,17 +604,14 @@ class Layer(collections.namedtuple("Layer", "op params options")):
     """One step of a network: it computes op(x, *params, **options). A network is a list of Layers.
 
     op : a function with a gradient, of this file or of another module. The gradient must stand in
-        the same module, under the same name with "_backward" appended. A decorator of a third
-        module would hide where that is.
+        the same module, under the same name with "_backward" appended. Do not wrap op in a
+        decorator of another module.
     params : the list of arrays that training changes; None stands for one that is left out
     options : a dict of all the rest, including arrays that get no gradient
     """
 
     def __new__(cls, op, params=(), options=()):
-        if not (callable(op) and isinstance(params, (list, tuple))
-                and isinstance(options, (dict, tuple))):
-            raise TypeError("Layer: op must be a function, params a list and options a dict, got "
-                            f"{_shown(op)}, {_shown(params)}, {_shown(options)}")
+        _need_parts_of_layer(op, params, options)
         # the list and the dict are copied, the arrays in them are not
         return super().__new__(cls, op, list(params), dict(options))
 
@@ -619,12 +620,13 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 def forward(net, x):
     """Run a network. Returns its output (a copy of x if there are no layers) and the list of the
     layers' inputs, for backward: x itself is the first of them."""
-    _need(net or _is_array(x), "x must be an array", x, kind=TypeError)
+    _need(_is_array(x), "x must be an array", x, kind=TypeError)
     inputs = []
+    y = x
     for op, params, options in net:
-        inputs.append(x)
-        x = op(x, *params, **options)
-    return (x if net else x.copy()), inputs             # never the x that came in
+        inputs.append(y)
+        y = op(y, *params, **options)
+    return y.copy() if y is x else y, inputs
 
 
 @_checked()
@@ -632,19 +634,16 @@ def backward(net, dy, inputs):
     """The gradients of forward, for the upstream gradient dy and the inputs that forward returned.
     Returns dx for the network's input, and for each layer a list of the gradients of its params.
     """
-    _need(isinstance(inputs, (list, tuple)), "inputs must be the list that forward returns",
-          type(inputs), kind=TypeError)
-    _need(len(inputs) == len(net), f"inputs must be an array for each of {len(net)} layers",
-          len(inputs))
-    _need(net or _is_array(dy), "dy must be an array", dy, kind=TypeError)
+    _need_inputs(net, dy, inputs)
     grads = []
+    dx = dy
     for layer, x in zip(reversed(net), reversed(inputs)):
         op_backward = _gradient(layer.op)               # conv_backward for conv
-        found = op_backward(dy, x, *layer.params, **layer.options)
-        # dx, which is dy of the next layer, and the list of the gradients of params
-        dy, dparams = _split(found, layer)
+        # dy of a layer is dx of the layer behind it
+        found = op_backward(dx, x, *layer.params, **layer.options)
+        dx, dparams = _split(found, layer)              # dparams: a list of the others
         grads.insert(0, dparams)
-    return (dy if net else dy.copy()), grads
+    return dx.copy() if dx is dy else dx, grads
 
 
 def _weights(matrix, rank, dtype, xp):
@@ -704,8 +703,8 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
 @_checked()
 def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
     """The network from a position in pixels (N, len(size), 1, ...) to the square around it, cut
-    off at the edge, (N, 1, *size): encoder_network, then a convolution with ones. It does by
-    wiring what coordconv_renderer learns.
+    off at the edge, (N, 1, *size): encoder_network, then a convolution with ones. The network
+    that learns this is coordconv_renderer.
 
     square : the side of the square, an odd number of pixels
     """
@@ -743,9 +742,9 @@ def _blocks(x, y, win):
     steps = []                                          # a block's length along each axis
     for n in reversed(win.out):                         # the last axis whole, if there is room
         steps.insert(0, min(n, columns // math.prod(steps)))
-    # Small images share a block: 64 of 12x12 took four times as long one by one. But together they
-    # have at most 4096 columns: dw is a sum over columns, and BLAS may add those of many images up
-    # in turn, with a rounding each.
+    # Small images share a block: 64 of 12x12 took four times as long with a block for each. But
+    # together they have at most 4096 columns. For dw is a sum over columns, which BLAS may add up
+    # in turn, and round each time.
     shared = min(columns, 4096) if on_cpu else columns
     images = min(shared // math.prod(steps), budget // max(math.prod(x.shape[1:]), 1))
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
@@ -806,9 +805,10 @@ def _reads(u, x, block, win):
     reads = []
     for a, n in enumerate(x.shape[2:]):
         outputs = block[1 + a]
-        first = outputs.start * win.stride[a] - win.before[a]       # what tap 0 of the first reads
-        taps = win.kernel[a], win.dilation[a], 1 + a                # how many, the step, the axis
-        stops = outputs.stop - outputs.start, win.stride[a], 2 + rank + a
+        first = outputs.start * win.stride[a] - win.before[a]       # of tap 0 and the first output
+        # each with its number, the step from one to the next, and its axis of u
+        taps = (win.kernel[a], win.dilation[a], 1 + a)
+        stops = (outputs.stop - outputs.start, win.stride[a], 2 + rank + a)
         fewer, others = (taps, stops) if taps[0] <= stops[0] else (stops, taps)
         count_i, step_i, axis_i = fewer
         count_j, step_j, axis_j = others
@@ -852,7 +852,7 @@ def _unfold(x, y, win, groups):
         u = memory[:math.prod(shape)].reshape(shape)
         by_axis, reads = _reads(u, images, block, win)
         # outside of the image u is 0; it still is if the last block wrote to the same places
-        places = shape, [js for along in reads for _, js, _ in along]
+        places = (shape, [js for along in reads for _, js, _ in along])
         if places != written:
             u[...] = 0
             written = places
@@ -944,13 +944,13 @@ def _is_mirroring_faster(dy, w, win, size, groups):
     F = dy.shape[1]
     C = w.shape[1] * groups
     outputs = math.prod(win.out)
-    # the copy of w must not have more numbers than du, (F/G * C * taps) and (C * taps * N * out),
-    # nor take much of the memory that a convolution may
+    # the copy of w must not have more numbers than du, F/G * C * taps against C * taps * N * out,
+    # nor take more than 16 of the 32 MiB that a convolution may
     if set(win.stride) != {1} or F // groups > len(dy) * outputs or w.nbytes > 2 ** 24:
         return False
-    if _reads_own_pixel(win, size):                     # here its u is dy
+    if _reads_own_pixel(win, size):                     # its u is dy
         return True
-    # Else u has F * size numbers for each tap, where du has C * out. To fill in a number of u
+    # Else its u has F * size numbers for each tap, where du has C * out. To fill in a number of u
     # takes half as long as to add a number of du to dx.
     faster = F * math.prod(size) < 2 * C * outputs
     # Mirrored, all of w meets the zeros around dy, and infinity * 0 is NaN. So w must be finite.
@@ -1049,7 +1049,8 @@ def _pool_taps(x, y, axis, win):
     axes_before = (slice(None),) * (2 + axis)
     n = x.shape[2 + axis]
     taps, stride, _, before, count = (entry[axis] for entry in win)
-    # the taps before first are outside of the image for all outputs, and so are those from end on
+    # Tap k reads o*stride + k - before. The taps before first read nothing inside, not even for
+    # the last output, nor do those from end on, not even for the first.
     first = max(before - (count - 1) * stride, 0)
     end = min(before + n, taps)
     for k in range(first, end):
@@ -1251,8 +1252,8 @@ def softmax_cross_entropy_backward(dy, logits, target):
     dlogits[n, i] = dy / N * (p[n, i] * sum_j target[n, j] - target[n, i])
     dtarget[n, i] = -dy / N * log p[n, i]
 
-    The bracket is computed as p * others - (1 - p) * target, with others for sum_j target[n, j] -
-    target[n, i], which is accurate where p is almost 1.
+    The bracket is computed as p * others - (1 - p) * target, where others is the sum of the other
+    targets. That is accurate also where p is almost 1.
     """
     _need_examples(logits)
     xp = array_module(logits)
@@ -1262,7 +1263,7 @@ def softmax_cross_entropy_backward(dy, logits, target):
     log_p = _log_softmax(_flat(logits))
     p = xp.exp(log_p)
     q = -xp.expm1(log_p)                                # 1 - p, which might round to 0
-    dlogits = _times(others, p) - _times(t, q)          # of -inf alone p and q are NaN
+    dlogits = _times(others, p) - _times(t, q)          # p and q of nothing but -inf are NaN
     return (dlogits * share).reshape(logits.shape), (log_p * -share).reshape(logits.shape)
 
 
@@ -1302,7 +1303,7 @@ def mean_squared_error(y, target):
 
 @_checked(y="...", target="...")
 def mean_squared_error_backward(dy, y, target):
-    """The gradient by y is 2 * dy / size * (y - target), and dtarget is minus that."""
+    """The gradient of y is 2 * dy / size * (y - target), and dtarget is minus that."""
     _need_examples(y)
     slope = (y - target) * (2 * _loss_dy(dy) / y.size)
     return slope, -slope
@@ -1345,12 +1346,12 @@ def coordconv_painter(*, start="he", size=(64, 64), width=1, rng=None, dtype=np.
     The position repeated over the grid, coordinate channels, and five 1x1 convolutions with 32,
     32, 64, 64 and 1 filters and rectifiers between them: 7,553 parameters.
 
-    start : "he", the paper's, or "relative", which is coordref's own. Then the first layer's
-        weights for the position that comes in are from U(-1, 1), those for the coordinate channels
-        are their negatives, and its biases are from U(-0.5, 0.5). So before training, what is
-        drawn at a pixel depends on the difference of the two positions alone, on the unit scale:
-        for another position the same image comes out, moved. The weights of the last layer, which
-        no rectifier follows, then have the variance 1 / fan_in.
+    start : "he", the paper's, or "relative", which is coordref's own. In a relative start the
+        first layer's weights for the position that comes in are from U(-1, 1), those for the
+        coordinate channels are their negatives, and its biases are from U(-0.5, 0.5). So before
+        training, what is drawn at a pixel depends only on that position less the pixel's, on the
+        unit scale: for another position the same image comes out, moved. The weights of the last
+        layer, which no rectifier follows, have the variance 1 / fan_in.
     width : multiplies the filters of the hidden layers
     """
     K = len(size)
@@ -1439,7 +1440,7 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     """
     _need(square < canvas, f"canvas must be larger than square={square}", canvas)
     half = square // 2
-    # the paper's order, in which its split was drawn: the row counts up first
+    # the paper's order, in which its split was drawn: the row varies fastest
     col, row = (i.ravel() for i in np.mgrid[half:canvas - half, half:canvas - half])
     if split == "uniform":
         test = np.random.RandomState(20202).random_sample(len(row)) < 0.25
@@ -1487,7 +1488,7 @@ def adam_step(w, dw, m, v, step, *, learning_rate=0.005, beta1=0.9, beta2=0.99, 
 
 class State(collections.namedtuple("State", "net m v step seed loss")):
     """All that train needs to go on. A State that was saved and loaded gives the same results, to
-    the last bit, if train gets the same arguments.
+    the last bit, if train gets the same arguments (workers and comm may differ).
 
     net : list of Layer
     m, v : Adam's moments, a list with an array for each parameter
@@ -1514,8 +1515,8 @@ def initial_state(net, *, seed=0):
 @_checked()
 def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
           learning_rate=0.005, l2=0.0, beta1=0.9, beta2=0.99, eps=1e-8, workers=1, comm=None):
-    """Train a network with Adam. Returns an iterator over the States after each step, from step
-    state.step + 1 to step number steps, counted from the beginning of the training. A step takes
+    """Train a network with Adam. Returns an iterator over the States after the steps state.step +
+    1, state.step + 2, ..., steps, counted from the beginning of the training. A step takes
     batch_size examples, the last step of an epoch those that are left. Each epoch has a random
     order of its own.
 
@@ -1554,7 +1555,7 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
         _need_both(options.get("mean"), options.get("var"))
     steps_per_epoch = math.ceil(len(x) / batch_size)
 
-    # a generator of its own, as nothing in one runs before the first step: not the checks above
+    # apart, since a generator runs nothing before its first step: the checks above run at once
     def states(state):
         first = state.step
         with _team(workers, comm, xp) as run:
@@ -1586,7 +1587,7 @@ def _keep_freed_memory():
 
 def _shard_gradients(net, loss, x, target, count, index):
     """What one shard, the examples at index, adds to a batch of count examples: a list of the
-    loss, the gradient by each parameter, and the mean and the variance of what each batch_norm
+    loss, the gradient of each parameter, and the mean and the variance of what each batch_norm
     gets."""
     # in training a batch_norm takes the statistics of its batch, even if it keeps some
     net = [layer._replace(options=layer.options | {"mean": None, "var": None})
@@ -2275,6 +2276,22 @@ def _loss_dy(dy):
             return float(dy)
     raise _Refused(f"dy must be a number or an array of shape (), got {_shown(dy)}",
                    ValueError if number else TypeError)
+
+
+def _need_parts_of_layer(op, params, options):
+    if not (callable(op) and isinstance(params, (list, tuple))
+            and isinstance(options, (dict, tuple))):
+        raise TypeError("Layer: op must be a function, params a list and options a dict, got "
+                        f"{_shown(op)}, {_shown(params)}, {_shown(options)}")
+
+
+def _need_inputs(net, dy, inputs):
+    # with layers the last op checks dy: of a loss it is a number
+    _need(net or _is_array(dy), "dy must be an array", dy, kind=TypeError)
+    _need(isinstance(inputs, (list, tuple)), "inputs must be the list that forward returns",
+          type(inputs), kind=TypeError)
+    _need(len(inputs) == len(net), f"inputs must be an array for each of {len(net)} layers",
+          len(inputs))
 
 
 def _gradient(op):
