@@ -620,7 +620,7 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 def forward(net, x):
     """Run a network. Returns its output (a copy of x if there are no layers) and the list of the
     layers' inputs, for backward: x itself is the first of them."""
-    _need(_is_array(x), "x must be an array", x, kind=TypeError)
+    _need(_is_array(x), "x must be a NumPy or CuPy array", x, kind=TypeError)
     inputs = []
     y = x
     for op, params, options in net:
@@ -2049,10 +2049,10 @@ def _kernel(value, rank):
 def _padding(value, rank):
     if isinstance(value, str):                          # of any other the KeyError refuses it
         return {"same": "same", "valid": ((0, 0),) * rank}[value]
-    pairs = [_integers(0)(entry, 2) for entry in _each(value, rank)]
-    if len(pairs) != rank:
+    each = _each(value, rank)
+    if len(each) != rank:
         raise ValueError
-    return tuple(pairs)
+    return tuple(_integers(0)(entry, 2) for entry in each)
 
 
 def _number(below=sys.float_info.max):
@@ -2202,7 +2202,7 @@ def _need_output(size, kernel, padding, out):
     """Check that a window leaves an output, and one that a memory can hold."""
     if min(*size, *kernel, *out) < 1 or math.prod(out) >= _HUGE:
         raise _Refused(f"kernel {_shown(kernel)}, dilation, stride and padding {_shown(padding)} "
-                       f"must fit an image of {size}, got an output of {_shown(out)} pixels")
+                       f"must fit an image of {size}, got an output of {_shown(tuple(out))}")
 
 
 def _pixels(x):
@@ -2311,10 +2311,11 @@ def _split(found, layer):
     """What the gradient of a layer's op returned, as dx and the gradients of the params."""
     dx, *dparams = found if isinstance(found, (tuple, list)) else (found,)
     want = [None if p is None else p.shape for p in layer.params]
-    got = [None if dp is None else dp.shape for dp in dparams]
+    got = [None if dp is None else getattr(dp, "shape", type(dp)) for dp in dparams]
     # a gradient may end in None for each of the op's parameters that the layer does not give
-    _need(got == want + [None] * (len(got) - len(want)), f"the gradient of {layer.op.__name__} "
-          f"must be by its input and by params of shape {want}", got)
+    fits = hasattr(dx, "shape") and got == want + [None] * (len(got) - len(want))
+    _need(fits, f"the gradient of {layer.op.__name__} must be arrays, by its input and by params "
+          f"of shape {want}", getattr(dx, "shape", type(dx)), *got)
     return dx, dparams[:len(want)]
 
 
