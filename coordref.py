@@ -12,9 +12,10 @@ coordinate off an image, with weights that can be written down. So both sides us
 dispute whether finding such weights by training proves anything. This file holds the paper's
 networks and the critic's as plain array code, for NumPy and, given CuPy arrays, for the GPU.
 
-Sections 1 to 5 are the subject, and can be explained without the others. Section 6 carries
-convolution out, and makes it fast; 7 to 9 add what the paper's networks and their training need;
-10 holds files and the checks of arguments. Python 3.11 and NumPy 2.0 are enough.
+Sections 1 to 5 are the subject, and can be explained without the others: what they call from there
+is explained in a word at the call. Section 6 carries convolution out, and makes it fast; 7 to 9
+add what the paper's networks and their training need; 10 holds files and the checks of arguments.
+Python 3.11 and NumPy 2.0 are enough.
 
 Notation:
 N images, C channels in, F filters (channels out), K coordinate channels, G groups; *size, *kernel
@@ -23,7 +24,9 @@ images of 3 channels, 32 rows and 48 columns. Weights are (F, C/G, *kernel), bec
 the channels of its group: all of them if G is 1, as it mostly is. x is an input, y an output, w
 weights, b a bias. dx is the gradient of the loss with respect to x, and so with other names: dw,
 db. A position is (row, col), and each of the two is a coordinate. The rank is the number of
-spatial axes. xp is numpy or cupy, the module of the arrays; array_module(x) finds it.
+spatial axes. xp is numpy or cupy, the module of the arrays; array_module(x) finds it. In formulas
+n, c, f and a count images, channels, filters and axes; i is the position of a pixel of an image, k
+that of a tap.
 
 Conventions:
 "Convolution" is cross-correlation, as in PyTorch: the kernel is not flipped. Coordinate channels
@@ -31,14 +34,14 @@ come after the input's: one per axis, in axis order, then the radius, if it is a
 unit scale an axis runs from -1 to 1, on the pixel scale it counts pixels from 0. The radius is the
 distance from where all coordinates are 0.
 
-Below every layer and loss f(x, *params, **options) stands its gradient, f_backward(dy, x, *params,
-**options). It takes the upstream gradient dy, shaped as f's output (a number, if f is a loss), and
-then the same arguments as f. It returns dx and one gradient for each of params, or just dx if f
-has none: dx, dw, db = conv_backward(dy, x, w, b, stride=2). The target of a loss counts as one of
-its params.
+Below every f(x, *params, **options) that may be a layer or a loss stands its gradient,
+f_backward(dy, x, *params, **options). It takes the upstream gradient dy, shaped as f's output (a
+number, if f is a loss), and then the same arguments as f. It returns dx and one gradient for each
+of params, or just dx if f has none: dx, dw, db = conv_backward(dy, x, w, b, stride=2). The target
+of a loss counts as one of its params.
 
 The line above a function, such as @_checked(x="N C *size", w="F C/G *kernel", b="F?"), states the
-shapes of its arrays of floats:
+shapes of its arrays of floats, where they are fixed:
 
     *size     one or more axes          C+K     C plus the number of coordinate channels
     ...       any number of axes        F?      the array may be None
@@ -47,12 +50,11 @@ shapes of its arrays of floats:
 Equal names, "..." too, are equal lengths. These arrays share one module and one dtype, float32 or
 float64, and so does the result.
 
-A table near the end, _OPTIONS, says what an option may be. Options are completed before the
+The table _OPTIONS of section 10 says what an option may be. Options are completed before the
 function sees them: for images of rank 2 a stride of 2 becomes (2, 2), a padding of 1 becomes
 ((1, 1), (1, 1)), and an rng that is None or a seed becomes a Generator. An argument of the wrong
-kind raises TypeError, one of the wrong value or shape ValueError. Public functions never write to
-the arrays that they get. A helper stands near where it is first used, or in section 6 or 10; one
-named _need... raises an error unless something holds.
+kind raises TypeError, one of the wrong value or shape ValueError; what is named _need... raises
+one unless something holds. Public functions never write to the arrays that they get.
 
 Example:
 >>> coords = np.array([[1, 2], [0, 0]])                 # two pixels, as (row, col)
@@ -119,7 +121,7 @@ def _checked(**shapes):
     no more than that, so skip the body at first. _arguments of section 10 does the work, and
     returns all arguments by name. For a wrong argument it or f raises _Refused, which becomes an
     error here."""
-    # the ? is for readers: an array may be None where its default is
+    # the ? is for readers: an array may be None if that is its default
     axes = {name: shape.removesuffix("?").split() for name, shape in shapes.items()}
 
     def decorate(f):
@@ -148,7 +150,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_exact((n,), dtype)                            # for float32 at most 2^24 pixels
+    _need_exact((n,), dtype)                            # float32 has all integers up to 2^24
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -233,9 +235,9 @@ def add_coords_backward(dy, x, *, radius=False, scale="unit"):
 #   1 - |i - p|    0   1   0  -1
 #   relu           0   1   0   0
 #
-# Section 5 wires both as networks. The two functions here are not the critic's method, but get the
-# results that it must agree with more directly: decode looks for the hot pixel, the only one that
-# adds to the sum, and encode sets it.
+# Section 5 wires both as networks. decode and encode get the same results directly, to check those
+# networks against: decode looks for the hot pixel, the only one that adds to the sum, and encode
+# sets it.
 
 @_checked(image="N 1 *size")
 def decode(image):
@@ -313,9 +315,8 @@ def encode(coords, size, *, dtype=np.float32):
 #   fold:     dx[:, k:k + out] += du[:, k]      dx is zeros to begin with
 #
 # Section 6 does so for any number of axes, and for a block of the columns at a time, since u is
-# large: with a stride of 1 it is about as many times larger than x as there are taps. With G
-# groups the filters of a group see the channels of that group alone, and w, u and y are stacks of
-# G such matrices:
+# large: with a stride of 1 it has about one copy of x for each tap. With G groups the filters of a
+# group see the channels of that group alone, and w, u and y are stacks of G such matrices:
 #
 #   y (G, F/G, columns) = w (G, F/G, C/G * taps) @ u (G, C/G * taps, columns)
 
@@ -347,7 +348,7 @@ def _window(size, kernel, stride, padding, dilation):
 
 # The three products, block by block. What they call stands in section 6:
 #
-#   _blocks(x, y, win)            yields the blocks of y, as slices; it needs y's shape alone
+#   _blocks(x, y, win)            yields the blocks of y, as slices; y need not be filled yet
 #   _unfold(x, y, win, groups)    the same, each with its columns of u, (G, rows, columns)
 #   _columns(y, block, groups)    the columns of a block of y
 #   _set_columns(y, block, cols)  writes columns to a block of y
@@ -371,7 +372,7 @@ def _correlate_dw(dy, x, win, groups=1):
     """dw = dy @ unfold(x).T, (F, C/G, *kernel)."""
     shape = (dy.shape[1], x.shape[1] // groups, *win.kernel)
     dw = array_module(x).zeros(shape, x.dtype)
-    total = _matrices(dw, groups)                       # a view, so what adds to it adds to dw
+    total = _matrices(dw, groups)                       # a view, as dw is contiguous
     for block, u in _unfold(x, dy, win, groups):
         _add_product(total, _columns(dy, block, groups), u.swapaxes(1, 2))      # += dy @ u.T
     return dw
@@ -436,9 +437,9 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 
 
 # A transposed convolution is the step from dy to dx, used as a layer. With a stride above 1 it
-# makes images larger: each pixel of x paints the whole kernel, times its value, at a distance of
-# stride pixels from the next. The paper's network without coordinates draws in this way, in six
-# doublings from one pixel to 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
+# makes images larger: each pixel of x adds a copy of the kernel, times its value, to y, and the
+# copies of neighbours begin stride pixels apart. So the paper's network without coordinates draws,
+# in six doublings from one pixel to 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
 #
 #   1 * w          1   2   3
 #   10 * w                10  20  30
@@ -451,8 +452,9 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #   transposed      dx = w @ unfold(dy)     dw = x @ unfold(dy).T       y = fold(w.T @ x)
 #   made by         _correlate              _correlate_dw               _correlate_dx
 #
-# So the channels of x are the first axis of w. The window moves over y, and has a stop for each
-# pixel of x; _transpose_window of section 6 returns it and the size of y.
+# x stands where dy stood, so its channels are the first axis of w, and in the formulas below o is
+# a pixel of x, and i one of y. The window moves over y, and has a stop for each pixel of x;
+# _transpose_window of section 6 returns it and the size of y.
 
 
 @_checked(x="N C *size", w="C F/G *kernel", b="F?")
@@ -467,8 +469,8 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     stride, padding, dilation, groups : as in conv, but "same" gives an output of size * stride
     output_padding : an integer, or one per axis, below the larger of stride and dilation, as in
         PyTorch: so many extra pixels at the end of y. With 3 taps and a stride of 2, conv turns 5
-        pixels, and also 6, into 2; so 2 become 5, or 6 with an output_padding of 1. ("same" keeps
-        its size, and cuts off other pixels.)
+        pixels, and also 6, into 2; so 2 become 5, or 6 with an output_padding of 1. With "same"
+        the size stays.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -523,7 +525,8 @@ def coord_conv(x, w, b=None, *, size=None, radius=False, scale="unit", stride=1,
     are no groups: each filter sees the coordinates.
 
     size : None, or a tuple of integers such as (64, 64). Then x must be single pixels, (N, C, 1,
-        ...), and each is first repeated over that size: so a network gets a position to draw.
+        ...), and each is first repeated over that size. This is how a network gets a position to
+        draw.
     radius, scale : as in coord_channels
     stride, padding, dilation : as in conv
 
@@ -560,9 +563,15 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
 
 # 5 NETWORKS, WIRED BY HAND -----------------------------------------------------------------------
 #
-# The critic's formula as a network: a 1x1 CoordConv makes W * A - X, relu rectifies, sum_pool
-# adds up the pixels, and affine subtracts the sum from W. The formula for the other direction
-# takes two 1x1 convolutions, each with a relu behind it, since |d| = relu(d) + relu(-d).
+# The critic's formula as a network, with a channel for each of K axes:
+#
+#   coord_conv    W * A - X, by a 1x1 kernel        (N, 1, *size) to (N, K, *size)
+#   relu
+#   sum_pool      the sum over the pixels           to (N, K)
+#   affine        W minus that sum
+#
+# The formula for the other direction takes two 1x1 convolutions, each followed by a relu, since
+# |d| = relu(d) + relu(-d).
 
 @_checked(x="...")
 def relu(x):
@@ -605,7 +614,7 @@ class Layer(collections.namedtuple("Layer", "op params options")):
 
     op : a function with a gradient, of this file or of another module. The gradient must stand in
         the same module, under the same name with "_backward" appended. Do not wrap op in a
-        decorator of another module.
+        decorator of another module: the gradient would be looked for there.
     params : the list of arrays that training changes; None stands for one that is left out
     options : a dict of all the rest, including arrays that get no gradient
     """
@@ -639,7 +648,7 @@ def backward(net, dy, inputs):
     dx = dy
     for layer, x in zip(reversed(net), reversed(inputs)):
         op_backward = _gradient(layer.op)               # conv_backward for conv
-        # dy of a layer is dx of the layer behind it
+        # dy of a layer is dx of the layer after it
         found = op_backward(dx, x, *layer.params, **layer.options)
         dx, dparams = _split(found, layer)              # dparams: a list of the others
         grads.insert(0, dparams)
@@ -703,8 +712,8 @@ def encoder_network(size, *, dtype=np.float32, xp=np):
 @_checked()
 def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
     """The network from a position in pixels (N, len(size), 1, ...) to the square around it, cut
-    off at the edge, (N, 1, *size): encoder_network, then a convolution with ones. The network
-    that learns this is coordconv_renderer.
+    off at the edge, (N, 1, *size): encoder_network, then a convolution with ones. The network that
+    learns the like, with logits as its output, is coordconv_renderer.
 
     square : the side of the square, an odd number of pixels
     """
@@ -720,7 +729,7 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
 # 6 HOW CONVOLUTION IS MADE FAST ------------------------------------------------------------------
 #
 # The columns of u are cut into blocks that about fit in a cache. unfold and fold move slices, not
-# single pixels. Then there are two shortcuts, a faster where, and two sums that keep float32
+# single pixels. Then there are two shortcuts, a faster where, and a sum that keeps float32
 # accurate.
 
 _BLOCK = 2 ** 20                # numbers of u that exist at a time on a CPU
@@ -734,7 +743,7 @@ def _blocks(x, y, win):
     With 64 channels, 3x3 taps and images of 56x56 pixels u has 576 rows, and so 1820 columns at a
     time: the steps are (32, 56), which is 1792 pixels of one image.
     """
-    rows = max(x.shape[1] * math.prod(win.kernel), y.shape[1], 1)       # of u, or if more of y
+    rows = max(x.shape[1] * math.prod(win.kernel), y.shape[1], 1)       # of u, or of y if more
     on_cpu = array_module(x) is np
     # each call costs a GPU more; by how much its blocks should be larger was not measured
     budget = _BLOCK if on_cpu else 128 * _BLOCK
@@ -742,9 +751,9 @@ def _blocks(x, y, win):
     steps = []                                          # a block's length along each axis
     for n in reversed(win.out):                         # the last axis whole, if there is room
         steps.insert(0, min(n, columns // math.prod(steps)))
-    # Small images share a block: 64 of 12x12 took four times as long with a block for each. But
-    # together they have at most 4096 columns. For dw is a sum over columns, which BLAS may add up
-    # in turn, and round each time.
+    # Small images share a block: with a block for each, 64 of 12x12 took four times as long. But
+    # together they have at most 4096 columns, since dw sums over the columns, and BLAS may add
+    # those of many images up in turn, with a rounding each. A large image may have more.
     shared = min(columns, 4096) if on_cpu else columns
     images = min(shared // math.prod(steps), budget // max(math.prod(x.shape[1:]), 1))
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
@@ -783,23 +792,23 @@ def _set_columns(y, block, columns):
 #
 # A kernel may be as large as the image, with many taps and few outputs. Then the outputs are taken
 # one by one: an output reads every dilation-th pixel, for a slice of the taps. Above, output 0
-# reads the pixels 0 and 1, for taps 1 and 2. So along each axis i counts the taps or the outputs,
-# whichever are fewer, and js is a slice of the others.
+# reads the pixels 0 and 1, for taps 1 and 2. So along each axis t counts the taps or the outputs,
+# whichever are fewer, and rest is a slice of the others.
 
 def _inside(first, step, count, n):
     """Which of the positions first, first + step, ..., count of them, lie on an axis of n pixels:
     as a slice of these positions, and as a slice of the pixels. For tap 0 above, _inside(-1, 1, 3,
     3), these are 1:3, the outputs, and 0:2, the pixels."""
     low = max(-(first // step), 0)                      # from here positions are 0 or more
-    high = min((n - 1 - first) // step + 1, count)      # from here they are n or more, or end
+    high = min((n - 1 - first) // step + 1, count)      # from here n or more, or there are none
     high = max(high, low)                               # there may be none between
     return slice(low, high), slice(first + low * step, first + high * step, step)
 
 
 def _reads(u, x, block, win):
-    """What a block reads of its images x (C, images, *size): for each axis a list of (i, js,
-    pixels), in which js and pixels are slices. And u (C, *kernel, images, *out) with its axes in
-    the order (C, images, i and j of the first axis of pixels, i and j of the next, ...)."""
+    """What a block reads of its images x (C, images, *size): for each axis a list of (t, rest,
+    pixels), in which rest and pixels are slices. And u (C, *kernel, images, *out) in the order of
+    axes to which they belong: for two axes, (C, images, t1, rest1, t2, rest2)."""
     rank = x.ndim - 2
     order = [0, 1 + rank]
     reads = []
@@ -810,19 +819,19 @@ def _reads(u, x, block, win):
         taps = (win.kernel[a], win.dilation[a], 1 + a)
         stops = (outputs.stop - outputs.start, win.stride[a], 2 + rank + a)
         fewer, others = (taps, stops) if taps[0] <= stops[0] else (stops, taps)
-        count_i, step_i, axis_i = fewer
-        count_j, step_j, axis_j = others
-        order += [axis_i, axis_j]
-        reads.append([(i, *_inside(first + i * step_i, step_j, count_j, n))
-                      for i in range(count_i)])
+        count_t, step_t, axis_t = fewer
+        count_rest, step_rest, axis_rest = others
+        order += [axis_t, axis_rest]
+        reads.append([(t, *_inside(first + t * step_t, step_rest, count_rest, n))
+                      for t in range(count_t)])
     return u.transpose(*order), reads
 
 
 def _views(u, x, reads):
     """Pairs of views of the same shape: of a part of u, and of the pixels of x that this part has
-    copies of. For two axes these are u[:, :, i1, js1, i2, js2] and x[:, :, pixels1, pixels2]."""
+    copies of: for two axes, u[:, :, t1, rest1, t2, rest2] and x[:, :, pixels1, pixels2]."""
     for one_of_each in itertools.product(*reads):
-        places = [place for i, js, _ in one_of_each for place in (i, js)]
+        places = [place for t, rest, _ in one_of_each for place in (t, rest)]
         pixels = [some for _, _, some in one_of_each]
         yield u[:, :, *places], x[:, :, *pixels]
 
@@ -851,15 +860,16 @@ def _unfold(x, y, win, groups):
             memory = array_module(x).empty(math.prod(shape), x.dtype)
         u = memory[:math.prod(shape)].reshape(shape)
         by_axis, reads = _reads(u, images, block, win)
-        # outside of the image u is 0; it still is if the last block wrote to the same places
-        places = (shape, [js for along in reads for _, js, _ in along])
+        # Outside of the image u is 0. If the block before wrote to the same places, it still is.
+        places = (shape, [rest for along in reads for _, rest, _ in along])
         if places != written:
             u[...] = 0
             written = places
         for part, pixels in _views(by_axis, images, reads):
             part[...] = pixels
         rows = x.shape[1] // groups * math.prod(win.kernel)
-        yield block, u.reshape(groups, rows, math.prod(shape[len(block):]))
+        columns = math.prod(shape[1 + len(win.kernel):])            # images and outputs
+        yield block, u.reshape(groups, rows, columns)
 
 
 def _fold(du, dx, block, win):
@@ -945,7 +955,7 @@ def _is_mirroring_faster(dy, w, win, size, groups):
     C = w.shape[1] * groups
     outputs = math.prod(win.out)
     # the copy of w must not have more numbers than du, F/G * C * taps against C * taps * N * out,
-    # nor take more than 16 of the 32 MiB that a convolution may
+    # nor take more than 16 MiB: beside inputs and outputs a convolution shall do with 32
     if set(win.stride) != {1} or F // groups > len(dy) * outputs or w.nbytes > 2 ** 24:
         return False
     if _reads_own_pixel(win, size):                     # its u is dy
@@ -953,8 +963,8 @@ def _is_mirroring_faster(dy, w, win, size, groups):
     # Else its u has F * size numbers for each tap, where du has C * out. To fill in a number of u
     # takes half as long as to add a number of du to dx.
     faster = F * math.prod(size) < 2 * C * outputs
-    # Mirrored, all of w meets the zeros around dy, and infinity * 0 is NaN. So w must be finite.
-    # To ask a GPU would be a wait, so there the answer is no.
+    # Mirrored, all of w meets the zeros around dy (above there are none), and infinity * 0 is NaN.
+    # So w must be finite. To ask a GPU would be a wait, so there the answer is no.
     return faster and array_module(w) is np and np.isfinite(w).all()
 
 
@@ -1048,12 +1058,14 @@ def _pool_taps(x, y, axis, win):
     gradients of their shapes."""
     axes_before = (slice(None),) * (2 + axis)
     n = x.shape[2 + axis]
-    taps, stride, _, before, count = (entry[axis] for entry in win)
-    # Tap k reads o*stride + k - before. The taps before first read nothing inside, not even for
-    # the last output, nor do those from end on, not even for the first.
-    first = max(before - (count - 1) * stride, 0)
-    end = min(before + n, taps)
-    for k in range(first, end):
+    stride = win.stride[axis]
+    before = win.before[axis]
+    count = win.out[axis]
+    # Tap k reads o*stride + k - before. Of taps below low not even the last output reads a pixel,
+    # of those from high on not even the first.
+    low = max(before - (count - 1) * stride, 0)
+    high = min(before + n, win.kernel[axis])
+    for k in range(low, high):
         outputs, pixels = _inside(k - before, stride, count, n)
         yield x[*axes_before, pixels], y[*axes_before, outputs]
 
@@ -1079,7 +1091,7 @@ def max_pool(x, *, kernel=None, stride=None, padding=0):
 
     kernel : an integer, one per axis, or None for the whole image
     stride : as in conv; None means kernel
-    padding : as in conv, smaller than the kernel; it never wins
+    padding : as in conv, smaller than the kernel; padded pixels never win
 
     Of a window with a NaN the maximum is NaN.
     """
@@ -1092,7 +1104,8 @@ def max_pool(x, *, kernel=None, stride=None, padding=0):
 
 @_checked(dy="N C ...", x="N C *size")
 def max_pool_backward(dy, x, *, kernel=None, stride=None, padding=0):
-    """dx of max_pool: each window passes its dy to its first largest pixel, row by row."""
+    """dx of max_pool: each window passes its dy to the first of its largest pixels, in the order
+    of rows."""
     xp = array_module(x)
     win = _pool_window(x, kernel, stride, padding)
     _need_shape(dy, _pooled_shape(x, win))
@@ -1185,7 +1198,7 @@ def batch_norm_backward(dy, x, scale, shift, *, mean=None, var=None, eps=1e-5):
     dx = scale / sqrt(var + eps) * (dy - E[dy] - xhat * E[dy * xhat])   for those of the batch
 
     With those of the batch, y stays as it is when a constant is added to x, or (but for eps) a
-    multiple of xhat. So dx must have no part along either, and both are taken out of dy.
+    multiple of xhat. So the loss has no slope along either: both parts are taken out of dy.
     """
     xhat, rstd = _normalised(x, mean, var, eps)
     dscale = _channel_sum(dy * xhat)
@@ -1204,11 +1217,10 @@ def _log_softmax(z):
     rounding would lose it beside that 1, so log1p adds it.
     """
     xp = array_module(z)
-    rows = xp.arange(len(z))
-    largest = z.argmax(axis=1)
+    of_largest = (xp.arange(len(z)), z.argmax(axis=1))
     z = z - z.max(axis=1, keepdims=True)
     others = xp.exp(z)
-    others[rows, largest] = 0
+    others[of_largest] = 0
     return z - xp.log1p(others.sum(axis=1, keepdims=True))
 
 
@@ -1252,8 +1264,8 @@ def softmax_cross_entropy_backward(dy, logits, target):
     dlogits[n, i] = dy / N * (p[n, i] * sum_j target[n, j] - target[n, i])
     dtarget[n, i] = -dy / N * log p[n, i]
 
-    The bracket is computed as p * others - (1 - p) * target, where others is the sum of the other
-    targets. That is accurate also where p is almost 1.
+    With others for the sum of the other targets the bracket is p * (others + target) - target. It
+    is computed as p * others - (1 - p) * target, which is accurate also where p is almost 1.
     """
     _need_examples(logits)
     xp = array_module(logits)
@@ -1263,12 +1275,13 @@ def softmax_cross_entropy_backward(dy, logits, target):
     log_p = _log_softmax(_flat(logits))
     p = xp.exp(log_p)
     q = -xp.expm1(log_p)                                # 1 - p, which might round to 0
-    dlogits = _times(others, p) - _times(t, q)          # p and q of nothing but -inf are NaN
+    dlogits = _times(others, p) - _times(t, q)          # if all logits are -inf, p and q are NaN
     return (dlogits * share).reshape(logits.shape), (log_p * -share).reshape(logits.shape)
 
 
 def _softplus(z):
-    """log(1 + exp(z)) without overflow: -log(1 - sigmoid(z)), and of -z it is -log sigmoid(z)."""
+    """log(1 + exp(z)) without overflow. softplus(-z) = -log sigmoid(z), and
+    softplus(z) = -log(1 - sigmoid(z))."""
     xp = array_module(z)
     return xp.maximum(z, 0) + xp.log1p(xp.exp(-abs(z)))
 
@@ -1393,7 +1406,7 @@ def coordconv_renderer(*, start="he", size=(64, 64), kernel=3, width=1, rng=None
 @_checked()
 def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
     """The paper's CoordConv network from a one-hot image (N, 1, *size) to its position
-    (N, len(size)); 906 parameters for two axes. Only size's length counts: the weights fit any.
+    (N, len(size)); 906 parameters for two axes. They depend on the number of axes in size alone.
 
     A CoordConv of 1x1, convolutions of 1x1, 1x1 and 3x3, 8 filters each, one of 3x3 with a filter
     for each axis, and the maximum over the image. There is no rectifier, as in the paper's code:
@@ -1414,8 +1427,12 @@ def coordconv_regressor(*, size=(64, 64), rng=None, dtype=np.float32, xp=np):
 # outputs, and evaluate.
 
 class Examples(collections.namedtuple("Examples", "x target coords")):
-    """M examples: what a network gets, x, what it should give, target, and the positions that both
-    were made from, coords (M, 2), which are integers in a NumPy array."""
+    """M examples, each an array with M entries.
+
+    x : what a network gets
+    target : what it should give
+    coords : the positions that both were made from, (M, 2), integers in a NumPy array
+    """
 
 
 @_checked()
@@ -1478,8 +1495,8 @@ def adam_step(w, dw, m, v, step, *, learning_rate=0.005, beta1=0.9, beta2=0.99, 
     step counts from 1, where the moments m and v are zeros. beta2 is 0.99 as in Liu et al.,
     elsewhere 0.999.
     """
-    _need(not callable(learning_rate), "learning_rate must be a number", learning_rate,
-          kind=TypeError)
+    _need(not callable(learning_rate), "learning_rate must be a number (train takes functions)",
+          learning_rate, kind=TypeError)
     m = beta1 * m + (1 - beta1) * dw
     v = beta2 * v + (1 - beta2) * dw * dw
     root = array_module(w).sqrt(v / (1 - beta2 ** step))
@@ -1555,7 +1572,7 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
         _need_both(options.get("mean"), options.get("var"))
     steps_per_epoch = math.ceil(len(x) / batch_size)
 
-    # apart, since a generator runs nothing before its first step: the checks above run at once
+    # a generator of its own, so that the checks above run when train is called
     def states(state):
         first = state.step
         with _team(workers, comm, xp) as run:
@@ -1581,7 +1598,7 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
 
 def _keep_freed_memory():
     """Almost 32 MiB, allocated and freed at once: from then on glibc keeps freed memory up to this
-    size instead of returning it to the system, which would take a fifth of the time of a step."""
+    size. To return it to the system would take a fifth of the time of a step."""
     np.empty(2 ** 25 - 2 ** 16, np.uint8)
 
 
