@@ -10,12 +10,13 @@ pixel's row and column. Piekniewski (2018), the critic here, answered that there
 learn: one convolution with such channels, one rectifier, one sum and one subtraction read a
 coordinate off an image, with weights that can be written down. So both sides use coordinates; they
 dispute whether finding such weights by training proves anything. This file holds the paper's
-networks and the critic's as plain array code, for NumPy and, given CuPy arrays, for the GPU.
+CoordConv networks and the critic's as plain array code, for NumPy and, given CuPy arrays, for the
+GPU.
 
-Sections 1 to 5 are the subject, and can be explained without the others: what they call from there
-is explained in a word at the call. Section 6 carries convolution out, and makes it fast; 7 to 9
-add what the paper's networks and their training need; 10 holds files and the checks of arguments.
-Python 3.11 and NumPy 2.0 are enough.
+Sections 1 to 5 are the subject, and can be explained without the others: where they call a helper
+of a later section, a comment says what it does. Section 6 carries convolution out, and makes it
+fast; 7 to 9 add what the paper's networks and their training need; 10 holds files and the checks
+of arguments. Python 3.11 and NumPy 2.0 are enough.
 
 Notation:
 N images, C channels in, F filters (channels out), K coordinate channels, G groups; *size, *kernel
@@ -150,7 +151,7 @@ def axis_coords(n, *, scale="unit", dtype=np.float32, xp=np):
     >>> axis_coords(5).tolist()
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
-    _need_exact((n,), dtype)                            # float32 has all integers up to 2^24
+    _need_exact((n,), dtype)                            # float32 tells at most 2^24 pixels apart
     return _axis(n, scale, xp).astype(dtype)
 
 
@@ -164,8 +165,8 @@ def _axis(n, scale, xp):
 def coord_channels(size, *, radius=False, scale="unit", dtype=np.float32, xp=np):
     """The coordinate channels of an image, (K, *size): K = len(size), or one more with radius.
 
-    y[a, i_0, i_1, ...] = axis_coords(size[a])[i_a]                 for each axis a
-    y[-1, i_0, i_1, ...] = sqrt(sum_a y[a, i_0, i_1, ...]^2)        with radius, over the axes a
+    y[a, i_0, i_1, ...] = axis_coords(size[a], scale=scale)[i_a]    for each axis a
+    y[-1, i_0, i_1, ...] = sqrt(sum_a y[a, i_0, i_1, ...]^2)        only with radius
 
     size : tuple of integers, one per axis
     scale : "unit" or "pixel", as in axis_coords
@@ -250,7 +251,7 @@ def decode(image):
     xp = array_module(image)
     size = image.shape[2:]
     _need_exact(size, image.dtype)
-    # _flat makes it (N, pixels); hot (N,) is the index of the 1 among them
+    # _flat makes it (N, pixels); hot (N,) is the index of the 1 among them, if all else is 0
     hot = _hot_pixels(_flat(image))
     return xp.stack(xp.unravel_index(hot, size), axis=1).astype(image.dtype)
 
@@ -300,8 +301,8 @@ def encode(coords, size, *, dtype=np.float32):
 # So the gradients are those of a matrix product. With r for a row of u and j for a column,
 # y[f, j] = sum_r w[f, r] * u[r, j], and therefore dw[f, r] = sum_j dy[f, j] * u[r, j], which is
 # dw = dy @ u.T, and likewise du = w.T @ dy. And u only copies pixels, so a pixel's gradient is the
-# sum of its copies' gradients: to fold du is to add each of its rows to the pixels that the row
-# was copied from. Say that dy = [1 10 100]:
+# sum of its copies' gradients: to fold du is to add each of its rows to the pixels that the same
+# row of u was copied from. Say that dy = [1 10 100]:
 #
 #   dw = dy @ u.T                           dw = [1 + 20 + 400, 2 + 40 + 700] = [421 742]
 #   du = w.T @ dy                           du = [-1 -10 -100]  to the pixels 0 to 2
@@ -354,8 +355,8 @@ def _window(size, kernel, stride, padding, dilation):
 #   _set_columns(y, block, cols)  writes columns to a block of y
 #   _fold(du, dx, block, win)     adds the columns of du for a block to the pixels of dx
 #
-# _matrices makes a stack of G matrices of w, and _product is @. On a first reading skip both ifs:
-# they lead to shortcuts.
+# _matrices makes a stack of G matrices of w, _product is @, and _add_product adds one to an array.
+# On a first reading skip both ifs: they lead to shortcuts.
 
 def _correlate(x, w, win, groups=1):
     """y = w @ unfold(x), (N, F, *out)."""
@@ -438,8 +439,8 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 
 # A transposed convolution is the step from dy to dx, used as a layer. With a stride above 1 it
 # makes images larger: each pixel of x adds a copy of the kernel, times its value, to y, and the
-# copies of neighbours begin stride pixels apart. So the paper's network without coordinates draws,
-# in six doublings from one pixel to 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
+# copies of neighbours begin stride pixels apart. The paper's network without coordinates draws in
+# this way: six doublings take one pixel to 64x64. For x = [1 10], w = [1 2 3] and a stride of 2:
 #
 #   1 * w          1   2   3
 #   10 * w                10  20  30
@@ -453,8 +454,8 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 #   made by         _correlate              _correlate_dw               _correlate_dx
 #
 # x stands where dy stood, so its channels are the first axis of w, and in the formulas below o is
-# a pixel of x, and i one of y. The window moves over y, and has a stop for each pixel of x;
-# _transpose_window of section 6 returns it and the size of y.
+# a pixel of x, and i one of y. The window moves over y, and has a stop for each pixel of x, so its
+# out is the size of x. _transpose_window of section 6 returns it and the size of y.
 
 
 @_checked(x="N C *size", w="C F/G *kernel", b="F?")
@@ -470,7 +471,7 @@ def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilat
     output_padding : an integer, or one per axis, below the larger of stride and dilation, as in
         PyTorch: so many extra pixels at the end of y. With 3 taps and a stride of 2, conv turns 5
         pixels, and also 6, into 2; so 2 become 5, or 6 with an output_padding of 1. With "same"
-        the size stays.
+        the output is of size * stride all the same.
 
     >>> conv_transpose(np.array([[[1., 10.]]]), np.array([[[1., 2., 3.]]]), stride=2).tolist()
     [[[1.0, 2.0, 13.0, 20.0, 30.0]]]
@@ -563,7 +564,7 @@ def coord_conv_backward(dy, x, w, b=None, *, size=None, radius=False, scale="uni
 
 # 5 NETWORKS, WIRED BY HAND -----------------------------------------------------------------------
 #
-# The critic's formula as a network, with a channel for each of K axes:
+# The critic's formula as a network, with a channel for each of the K axes:
 #
 #   coord_conv    W * A - X, by a 1x1 kernel        (N, 1, *size) to (N, K, *size)
 #   relu
@@ -732,7 +733,7 @@ def renderer_network(size, square=9, *, dtype=np.float32, xp=np):
 # single pixels. Then there are two shortcuts, a faster where, and a sum that keeps float32
 # accurate.
 
-_BLOCK = 2 ** 20                # numbers of u that exist at a time on a CPU
+_BLOCK = 2 ** 20                # numbers of u that exist at a time on a CPU, in each thread
 
 
 def _blocks(x, y, win):
@@ -740,8 +741,8 @@ def _blocks(x, y, win):
     pixels. In a block there are at most _BLOCK numbers of u, of y, and of the images that u is
     made from (on a GPU 128 times as many), but always at least a column and an image.
 
-    With 64 channels, 3x3 taps and images of 56x56 pixels u has 576 rows, and so 1820 columns at a
-    time: the steps are (32, 56), which is 1792 pixels of one image.
+    With 64 channels, 3x3 taps and an output of 56x56 pixels u has 576 rows, and so 1820 columns at
+    a time: the steps are (32, 56), which is 1792 pixels of one image.
     """
     rows = max(x.shape[1] * math.prod(win.kernel), y.shape[1], 1)       # of u, or of y if more
     on_cpu = array_module(x) is np
@@ -751,9 +752,10 @@ def _blocks(x, y, win):
     steps = []                                          # a block's length along each axis
     for n in reversed(win.out):                         # the last axis whole, if there is room
         steps.insert(0, min(n, columns // math.prod(steps)))
-    # Small images share a block: with a block for each, 64 of 12x12 took four times as long. But
-    # together they have at most 4096 columns, since dw sums over the columns, and BLAS may add
-    # those of many images up in turn, with a rounding each. A large image may have more.
+    # Small images share a block: with a block for each, 64 of 12x12 took four times as long. They
+    # share 4096 columns at most, since dw sums over the columns, and BLAS may add up in turn, with
+    # a rounding each time. A large image may have more: else one of 2048x2048 with one channel
+    # took four times as long.
     shared = min(columns, 4096) if on_cpu else columns
     images = min(shared // math.prod(steps), budget // max(math.prod(x.shape[1:]), 1))
     cuts = [[slice(i, min(i + step, n)) for i in range(0, n, step)]
@@ -800,21 +802,22 @@ def _inside(first, step, count, n):
     as a slice of these positions, and as a slice of the pixels. For tap 0 above, _inside(-1, 1, 3,
     3), these are 1:3, the outputs, and 0:2, the pixels."""
     low = max(-(first // step), 0)                      # from here positions are 0 or more
-    high = min((n - 1 - first) // step + 1, count)      # from here n or more, or there are none
+    high = min((n - 1 - first) // step + 1, count)      # from here n or more, or there are no more
     high = max(high, low)                               # there may be none between
     return slice(low, high), slice(first + low * step, first + high * step, step)
 
 
 def _reads(u, x, block, win):
-    """What a block reads of its images x (C, images, *size): for each axis a list of (t, rest,
-    pixels), in which rest and pixels are slices. And u (C, *kernel, images, *out) in the order of
-    axes to which they belong: for two axes, (C, images, t1, rest1, t2, rest2)."""
+    """What a block reads of its images x (C, images, *size). Returns u (C, *kernel, images, *out)
+    with its axes in another order, for two axes of pixels (C, images, t1, rest1, t2, rest2). And
+    for each axis of pixels a list of (t, rest, pixels), in which rest and pixels are slices."""
     rank = x.ndim - 2
     order = [0, 1 + rank]
     reads = []
     for a, n in enumerate(x.shape[2:]):
         outputs = block[1 + a]
-        first = outputs.start * win.stride[a] - win.before[a]       # of tap 0 and the first output
+        # the pixel that tap 0 reads for the first output of the block
+        first = outputs.start * win.stride[a] - win.before[a]
         # each with its number, the step from one to the next, and its axis of u
         taps = (win.kernel[a], win.dilation[a], 1 + a)
         stops = (outputs.stop - outputs.start, win.stride[a], 2 + rank + a)
@@ -893,12 +896,12 @@ def _transpose_window(x, w, stride, padding, output_padding, dilation):
     for axis, (n, taps, s, d) in enumerate(zip(size, kernel, stride, dilation)):
         painted = (n - 1) * s + (taps - 1) * d + 1 + output_padding[axis]
         if padding == "same":
-            left = n * s
-            before.append(max(painted - left, 0) // 2)  # half of what is cut off
+            kept = n * s
+            before.append(max(painted - kept, 0) // 2)  # half of what is cut off
         else:
-            left = painted - sum(padding[axis])
+            kept = painted - sum(padding[axis])
             before.append(padding[axis][0])
-        y_size.append(left)
+        y_size.append(kept)
     _need_output(size, kernel, padding, y_size)
     return _Window(kernel, stride, dilation, tuple(before), size), tuple(y_size)
 
@@ -955,7 +958,7 @@ def _is_mirroring_faster(dy, w, win, size, groups):
     C = w.shape[1] * groups
     outputs = math.prod(win.out)
     # the copy of w must not have more numbers than du, F/G * C * taps against C * taps * N * out,
-    # nor take more than 16 MiB: beside inputs and outputs a convolution shall do with 32
+    # nor take more than 16 MiB; for all beside inputs and outputs the limit of this file is 32
     if set(win.stride) != {1} or F // groups > len(dy) * outputs or w.nbytes > 2 ** 24:
         return False
     if _reads_own_pixel(win, size):                     # its u is dy
@@ -963,7 +966,7 @@ def _is_mirroring_faster(dy, w, win, size, groups):
     # Else its u has F * size numbers for each tap, where du has C * out. To fill in a number of u
     # takes half as long as to add a number of du to dx.
     faster = F * math.prod(size) < 2 * C * outputs
-    # Mirrored, all of w meets the zeros around dy (above there are none), and infinity * 0 is NaN.
+    # Mirrored, all of w meets the zeros around dy (own pixels have none), and infinity * 0 is NaN.
     # So w must be finite. To ask a GPU would be a wait, so there the answer is no.
     return faster and array_module(w) is np and np.isfinite(w).all()
 
@@ -1061,8 +1064,8 @@ def _pool_taps(x, y, axis, win):
     stride = win.stride[axis]
     before = win.before[axis]
     count = win.out[axis]
-    # Tap k reads o*stride + k - before. Of taps below low not even the last output reads a pixel,
-    # of those from high on not even the first.
+    # Tap k reads o*stride + k - before. Taps below low read in front of the image for every
+    # output, and those from high on behind it.
     low = max(before - (count - 1) * stride, 0)
     high = min(before + n, win.kernel[axis])
     for k in range(low, high):
@@ -1441,15 +1444,15 @@ def not_so_clevr(split="uniform", task="classification", *, canvas=64, square=9,
     """The paper's data set: a square at every position where all of it is visible. Returns the
     Examples to train on and those to test on. The paper's canvas of 64 and square of 9 give 3136.
 
-    split : "uniform" tests the quarter of the positions that the paper's repository drew: 2368
+    split : "uniform" tests about a quarter of the positions, as the paper's repository drew: 2368
         train and 768 test (the paper says 80/20). "quadrant" tests the positions beyond the
         middle of both axes, row > canvas/2 and col > canvas/2: 2407 train and 729 test.
     task : "classification": from a position (M, 2, 1, 1) to the image of its pixel
         (M, 1, canvas, canvas); "rendering": to the square around it, of ones (in the paper's
         code 128/255); "regression": from the image of a pixel to its position (M, 2)
-    scale : "unit": positions that a network gets are on the unit scale, from -1 to 1, but those
-        that it should give are divided by canvas, from 0 to below 1; "pixel": both are in pixels.
-        The paper's code gives pixels to a network and divides the targets.
+    scale : of positions. "unit": from -1 to 1 where a network gets them; divided by canvas, from 0
+        to below 1, where it should give them (regression). "pixel": in pixels. The paper's code
+        has "pixel", but "unit" for regression.
 
     >>> data, test = not_so_clevr("quadrant")
     >>> data.x.shape, test.target.shape
@@ -1550,9 +1553,9 @@ def train(state, x, target, *, loss=softmax_cross_entropy, steps, batch_size=16,
         must begin with the same State, else ValueError
 
     A batch goes through the network in shards of a sixteenth, rounded down, but of at least four
-    examples (64 on a GPU): 16 examples are four shards of four. The gradients of the shards are
-    always added in the same order. So the States do not depend, to the last bit, on the number of
-    workers or processes, nor on whether training was interrupted and resumed from a saved State.
+    examples (64 on a GPU): 18 examples as 4, 4, 4, 4 and 2. The gradients of the shards are always
+    added in the same order. So the States do not depend, to the last bit, on the number of workers
+    or processes, nor on whether training was interrupted and resumed from a saved State.
 
     A network with batch_norm takes a batch whole, so workers do not help; a mean and a variance
     that its layer is given become 0.9 of the old plus 0.1 of the batch's.
@@ -1690,15 +1693,18 @@ def _team(workers, comm, xp):
 @_checked(y="N ...", target="N ...")
 def accuracy(y, target):
     """1 where the largest output is where the largest target is, else 0; NaN is never right."""
-    xp, y, target = array_module(y), _flat(y), _flat(target)
-    right = (y.argmax(axis=1) == target.argmax(axis=1)) & ~xp.isnan(y).any(axis=1)
+    y = _flat(y)
+    right = y.argmax(axis=1) == _flat(target).argmax(axis=1)
+    right &= ~array_module(y).isnan(y).any(axis=1)
     return right.astype(y.dtype)
 
 
 @_checked(y="N ...", target="N ...")
 def iou(y, target):
     """The intersection over the union of the entries above 0; 1 where neither has any."""
-    xp, on, wanted = array_module(y), _flat(y) > 0, _flat(target) > 0
+    xp = array_module(y)
+    on = _flat(y) > 0
+    wanted = _flat(target) > 0
     union = (on | wanted).sum(axis=1)
     shared = (on & wanted).sum(axis=1)
     return xp.where(union > 0, shared / xp.maximum(union, 1), 1).astype(y.dtype)
