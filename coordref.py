@@ -925,7 +925,8 @@ def _add_product(total, a, b):
 
 
 # The first shortcut: in a 1x1 convolution with a stride of 1 and without padding u is x, in
-# another order. Where images are large, _pointwise does without blocks.
+# another order. Unless images are small, _pointwise does without blocks. With blocks nine shapes
+# took 9 % longer in the mean, and one 30 %, gradients included (2026-12-01).
 
 def _reads_own_pixel(win, size):
     """Whether each output pixel reads the one input pixel at its own position."""
@@ -950,7 +951,8 @@ def _pointwise(x, w, groups):
 
 # The second: at a stride of 1, dx is a convolution of dy with the mirrored kernel. In section 3,
 # w = [-1 1], dy = [1 10 100] and dx = [-1 -9 -90 100]. That dx is also the convolution of
-# [0 1 10 100 0] with [1 -1].
+# [0 1 10 100 0] with [1 -1]. By fold fourteen shapes took 8 % longer in the mean, and one with a
+# filter for each channel 56 %, all gradients included (2026-12-01).
 
 def _is_mirroring_faster(dy, w, win, size, groups):
     """Whether dx is found faster as that convolution."""
