@@ -457,7 +457,6 @@ def conv_backward(dy, x, w, b=None, *, stride=1, padding=0, dilation=1, groups=1
 # a pixel of x, and i one of y. The window moves over y, and has a stop for each pixel of x, so its
 # out is the size of x. _transpose_window of section 6 returns it and the size of y.
 
-
 @_checked(x="N C *size", w="C F/G *kernel", b="F?")
 def conv_transpose(x, w, b=None, *, stride=1, padding=0, output_padding=0, dilation=1, groups=1):
     """The transposed convolution, y (N, F, *out): dx of conv_backward, with x in place of dy.
@@ -2077,7 +2076,8 @@ def _padding(value, rank):
     each = _each(value, rank)
     if len(each) != rank:
         raise ValueError
-    return tuple(_integers(0)(entry, 2) for entry in each)
+    pair = _integers(0)
+    return tuple(pair(entry, 2) for entry in each)
 
 
 def _number(below=sys.float_info.max):
